@@ -1,0 +1,30 @@
+SHELL := bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench lock
+export LOCK PYTHON TORCH_INDEX
+
+help:  ## list what there is
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@echo "ARGS='...' is passed on: make test ARGS='-k sync', make demo ARGS='steps=10'"
+
+setup:  ## .venv from the pinned lock; LOCK=cpu|gpu, PYTHON=..., TORCH_INDEX=... (requirements/setup.sh)
+	@bash requirements/setup.sh
+
+demo: setup  ## train a small model to add, on whatever this machine has
+	@.venv/bin/rlft train configs/demo.yaml $(ARGS)
+
+test: setup  ## all tests, with real runs: up to 15 minutes without a GPU
+	@.venv/bin/pytest -q $(ARGS)
+
+lint: setup  ## ruff and pyright
+	@status=0; \
+	.venv/bin/ruff check . || status=1; \
+	.venv/bin/ruff format --check . || status=1; \
+	.venv/bin/pyright || status=1; \
+	exit $$status
+
+bench: setup  ## the benchmarks
+	@.venv/bin/python -m benchmarks $(ARGS)
+
+lock:  ## resolve the locks again (needs uv); ARGS=--upgrade moves the pins
+	@bash requirements/lock.sh $(ARGS)

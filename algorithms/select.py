@@ -1,0 +1,32 @@
+"""Which trajectories are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from rlft.algorithms.base import Select
+from rlft.types import Group
+
+
+def everything(groups: Sequence[Group]) -> list[Group]:
+    """All of them, in order."""
+    return list(groups)
+
+
+def best(k: int, at_least: float) -> Select:
+    """The k highest totals of each group that reach `at_least`; the earlier one wins a tie; empty groups vanish.
+
+    With k=1 this is best-of-n, with a large k it is RAFT's and ReST's filter by threshold
+    (Dong et al. 2023, arXiv:2304.06767; Gulcehre et al. 2023, arXiv:2308.08998).
+    """
+    return partial(_best, k=k, at_least=at_least)
+
+
+def _best(groups: Sequence[Group], k: int, at_least: float) -> list[Group]:
+    kept = []
+    for group in groups:
+        scored = [(t.total, -i, t) for i, t in enumerate(group) if t.total is not None and t.total >= at_least]
+        scored.sort(key=lambda entry: entry[:2], reverse=True)
+        kept.append(tuple(entry[2] for entry in scored[:k]))
+    return [group for group in kept if group]

@@ -1,0 +1,39 @@
+"""How tokens are averaged, decided for the whole optimizer step before it is cut into micro-batches.
+
+Each fills `weights`, which sum to 1 over the step (under a budget to at most 1); after that, accumulation over
+micro-batches, packing and data parallelism are plain addition. Rows without a chosen token weigh nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rlft.batch import Batch
+
+
+def by_token(batch: Batch) -> Batch:
+    """Every chosen token alike: 1 / tokens. Long rows count more (DAPO, Yu et al. 2025, arXiv:2503.14476)."""
+    mask = batch.mask.double()
+    return _weights(batch, mask / mask.sum().clamp(min=1))
+
+
+def by_sequence(batch: Batch) -> Batch:
+    """Every row alike, its tokens alike within it: 1 / (rows * length) (GRPO, Shao et al. 2024)."""
+    mask = batch.mask.double()
+    length = mask.sum(1, keepdim=True)
+    rows = (length > 0).sum().clamp(min=1)
+    return _weights(batch, mask / length.clamp(min=1) / rows)
+
+
+def by_budget(batch: Batch, budget: int) -> Batch:
+    """1 / (rows * budget), whatever the length: no bias for or against long rows (Dr. GRPO, arXiv:2503.20783).
+
+    budget: the most tokens a row can have; the sum is at most 1.
+    """
+    mask = batch.mask.double()
+    rows = (mask.sum(1) > 0).sum().clamp(min=1)
+    return _weights(batch, mask / (rows * budget))
+
+
+def _weights(batch: Batch, weights: torch.Tensor) -> Batch:
+    return batch.with_(weights=weights.to(batch.logprobs.dtype))

@@ -1,0 +1,24 @@
+"""The environment that is done at once: the task's messages are the prompt, the first answer ends it."""
+
+from __future__ import annotations
+
+from rlft.envs.base import Action
+from rlft.types import Message, Task, Turn
+
+
+class SingleTurn:
+    """Ask once."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    async def reset(self) -> tuple[Message, ...]:
+        """The task's own messages."""
+        return self._task.messages
+
+    async def step(self, action: Action) -> Turn:
+        """Over, without a reward: the verdict is the reward's."""
+        return Turn(done=True)
+
+    async def close(self) -> None:
+        """Nothing to close."""

@@ -1,0 +1,71 @@
+"""Every reward there is, as one union told apart by `type`. The union is the registry: a run's `reward:` block is
+validated against it, and each member is its own knobs. User code enters through the member `custom`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, get_args
+
+from pydantic import AfterValidator, Field
+
+from rlft.rewards.base import Config, scored
+from rlft.rewards.combine import total
+from rlft.rewards.custom import Custom
+from rlft.rewards.match import Exact, Number
+from rlft.rewards.math import Math
+from rlft.rewards.shape import Format, Length
+from rlft.types import Reward
+
+TAKEN = ("mean", "std", "missing")  # the trainer logs reward/mean, reward/std and reward/missing itself
+
+
+def _term_name(name: str) -> str:
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"'{name}' cannot name a term, being logged as reward/<name>: use letters, digits, - and _")
+    if name in TAKEN:
+        raise ValueError(f"'{name}' cannot name a term: reward/{name} is logged for every run. Choose another name.")
+    return name
+
+
+class Weighted(Config):
+    """The sum of weight times value over named terms. It has no value where any term has none."""
+
+    type: Literal["weighted"] = "weighted"
+    terms: dict[Annotated[str, AfterValidator(_term_name)], RewardConfig] = Field(
+        min_length=1,
+        description="Any rewards by a name of your choice, each with its `weight`. Each is logged as reward/<name>, "
+        "the terms of a term as reward/<name>/<its name>.",
+    )
+
+    def build(self, name: str | None = None) -> Reward:
+        prefix = f"{name}/" if name else ""
+        terms = [term.build(prefix + key) for key, term in self.terms.items()]
+        # At the top the sum is the score itself and no component; as a term of another sum it has a name.
+        return scored(total(terms), name or self.type, self.weight, record=name is not None)
+
+    def components(self) -> list[str]:
+        names = []
+        for key, term in self.terms.items():
+            names.append(key)
+            if isinstance(term, Weighted):
+                names += [f"{key}/{inner}" for inner in term.components()]
+        return names
+
+
+RewardConfig = Annotated[
+    Exact | Number | Math | Format | Length | Weighted | Custom,
+    Field(discriminator="type"),
+]
+Weighted.model_rebuild()
+
+
+def types() -> dict[str, type[Config]]:
+    """Every config class by its `type`, in the order of the catalog. The docstring's first line says what it does."""
+    members = get_args(get_args(RewardConfig)[0])
+    return {member.model_fields["type"].default: member for member in members}
+
+
+def names() -> list[str]:
+    """The values that `type` may take."""
+    return list(types())

@@ -1,0 +1,111 @@
+"""Trajectories as tensors. Every [b, t] field is aligned with `tokens`: entry i says something about token i.
+
+The one shift of a causal model (logits at i-1 predict token i) happens inside `Learner.forward` and nowhere else.
+A field that nobody has filled yet is NaN, so that using it fails loudly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlft.types import Group, InputError, Sample
+
+FILLED_LATER = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns", "weights")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows are samples, columns are tokens; padding is where `valid` is False.
+
+    mask: the policy chose the token. logprobs: under the policy that sampled it, NaN where nobody sampled.
+    rewards: the environment's, per token. scores: the trajectory's total, once per row. truncated: the engine stopped
+    it at the limit. trajectory, group: which of each the row belongs to, counted from 0.
+    weights: the share of each token in the loss; they sum to 1 (under a budget to at most 1) over an optimizer step.
+    """
+
+    tokens: Int[Tensor, "b t"]
+    valid: Bool[Tensor, "b t"]
+    mask: Bool[Tensor, "b t"]
+    logprobs: Float[Tensor, "b t"]
+    rewards: Float[Tensor, "b t"]
+    scores: Float[Tensor, " b"]
+    truncated: Bool[Tensor, " b"]
+    trajectory: Int[Tensor, " b"]
+    group: Int[Tensor, " b"]
+    old_logprobs: Float[Tensor, "b t"]
+    ref_logprobs: Float[Tensor, "b t"]
+    values: Float[Tensor, "b t"]
+    advantages: Float[Tensor, "b t"]
+    returns: Float[Tensor, "b t"]
+    weights: Float[Tensor, "b t"]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], side: Literal["right", "left"] = "right") -> Batch:
+        """The scored trajectories of `groups`, padded to the longest. One without a score is left out."""
+        rows: list[tuple[Sample, float, bool, int, int]] = []
+        trajectories = 0
+        for g, group in enumerate(groups):
+            for trajectory in group:
+                if trajectory.total is None:
+                    continue
+                if any(sample.mask[:1] == [True] for sample in trajectory.samples):
+                    raise InputError(f"task {trajectory.task.id}: the prompt is empty, and nothing predicts a first token")
+                cut = trajectory.finish == "length"
+                rows += [(sample, trajectory.total, cut, trajectories, g) for sample in trajectory.samples]
+                trajectories += 1
+        samples = [row[0] for row in rows]
+        width = max((len(sample.tokens) for sample in samples), default=1)
+
+        def pad(name: str, fill: Any, dtype: torch.dtype) -> Tensor:
+            out = torch.full((len(samples), width), fill, dtype=dtype)
+            for i, sample in enumerate(samples):
+                values = torch.tensor(getattr(sample, name), dtype=dtype)
+                start = 0 if side == "right" else width - len(values)
+                out[i, start : start + len(values)] = values
+            return out
+
+        tokens = pad("tokens", -1, torch.long)
+        unfilled = torch.full(tokens.shape, torch.nan)
+        return cls(
+            tokens=tokens.clamp(min=0),
+            valid=tokens >= 0,
+            mask=pad("mask", False, torch.bool),
+            logprobs=pad("logprobs", torch.nan, torch.float32),
+            rewards=pad("rewards", 0.0, torch.float32),
+            scores=torch.tensor([row[1] for row in rows], dtype=torch.float32),
+            truncated=torch.tensor([row[2] for row in rows], dtype=torch.bool),
+            trajectory=torch.tensor([row[3] for row in rows], dtype=torch.long),
+            group=torch.tensor([row[4] for row in rows], dtype=torch.long),
+            **{name: unfilled.clone() for name in FILLED_LATER},
+        )
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def lengths(self) -> Int[Tensor, " b"]:
+        """Tokens per row without padding."""
+        return self.valid.sum(1)
+
+    def with_(self, **changes: Tensor) -> Batch:
+        """The same batch with some fields replaced."""
+        return replace(self, **changes)
+
+    def rows(self, index: Tensor) -> Batch:
+        """Some rows, without the columns that are padding in all of them."""
+        picked = {f.name: getattr(self, f.name)[index] for f in fields(self)}
+        used = picked["valid"].any(0).nonzero().flatten()
+        if len(used):
+            keep = slice(int(used[0]), int(used[-1]) + 1)
+            picked = {name: value[:, keep] if value.ndim == 2 else value for name, value in picked.items()}
+        return Batch(**picked)
+
+    def to(self, device: torch.device) -> Batch:
+        """Every tensor on `device`."""
+        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})

@@ -1,0 +1,226 @@
+"""From a config to the objects of a run. What can be refused is refused before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlft import data
+from rlft.algorithms.base import Algorithm
+from rlft.chat import Chat
+from rlft.config import Config, Generated, Local, Rows, Vllm
+from rlft.engine.base import Engine
+from rlft.engine.local import LocalEngine
+from rlft.engine.vllm import VllmEngine
+from rlft.engine.worker import in_worker
+from rlft.evaluate import Evaluation
+from rlft.generated import sums
+from rlft.learner import Learner, Schedule
+from rlft.models import locate
+from rlft.policy import Policy, device_of, dtype_of, peft_config
+from rlft.rollout import Player
+from rlft.source import Recorded, Rollouts, Source
+from rlft.sync import Sync, adapter_rank, refuse_hot_loading
+from rlft.types import Group, InputError, Sampling, Task
+
+SLACK = 32  # tokens of context beyond the longest prompt and completion
+
+
+@dataclass
+class Material:
+    """What a config gives before any weight is loaded. context: the most tokens that a sample can have."""
+
+    config: Config
+    model: Path
+    chat: Chat
+    algorithm: Algorithm
+    tasks: list[Task]
+    held_out: list[Task]
+    groups: list[Group]
+    context: int
+
+    @property
+    def needs_engine(self) -> bool:
+        """Something has to be sampled."""
+        return self.config.online or bool(self.held_out)
+
+
+@dataclass
+class Parts:
+    """Everything that is alive in a run."""
+
+    material: Material
+    policy: Policy
+    learner: Learner
+    source: Source
+    engine: Engine | None
+    sync: Sync | None
+    evaluation: Evaluation | None
+    kind: str
+    served: int | None = field(default=None)
+
+    async def serve(self, version: int) -> dict[str, float]:
+        """Bring version `version` into the engine, unless it is there; the sync's metrics."""
+        if self.sync is None or self.served == version:
+            return {}
+        report = await self.sync(self.learner.weights(), version)
+        self.served = version
+        return {
+            "sync/version": float(version),
+            "sync/seconds": report.seconds,
+            "sync/gap": report.gap,
+            "time/sync": report.seconds,
+            "time/prove": report.prove_seconds,
+        }
+
+    async def close(self) -> None:
+        """Leave nothing behind."""
+        if self.sync is not None:
+            self.sync.close()
+        if self.engine is not None:
+            await self.engine.close()
+
+
+def material(config: Config) -> Material:
+    """Read and check data, template and lengths. Raises InputError."""
+    algorithm = config.algorithm.build()
+    settings = config.adapter.settings()
+    if settings is not None and settings["type"] != "saved":
+        peft_config(settings)
+    model = locate(config.model.path)
+    chat = Chat(model, config.model.chat_template)
+    tasks: list[Task] = []
+    groups: list[Group] = []
+    columns = config.data.columns
+    if config.online:
+        tasks = data.tasks(_rows(config.data.train, "train"), columns, "train")
+    else:
+        groups = data.recorded(_rows(config.data.train, "train"), columns, "train", chat)
+    held_out: list[Task] = []
+    if config.data.eval is not None:
+        asked = {k: v for k, v in columns.items() if k not in ("completion", "completions", "chosen", "rejected")}
+        held_out = data.tasks(_rows(config.data.eval, "test"), asked, "eval")
+    context = _context(config, chat, model, tasks + held_out, groups)
+    return Material(config, model, chat, algorithm, tasks, held_out, groups, context)
+
+
+def assemble(stuff: Material, log: Path | None, say: Callable[[str], None] = lambda _: None) -> Parts:
+    """Load the policy, start the engine, and connect everything. log: the engine's own messages go there."""
+    config = stuff.config
+    say("loading the policy")
+    policy = Policy(
+        stuff.model,
+        config.adapter.settings(),
+        device=config.model.device,
+        dtype=config.model.dtype,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        trust_remote_code=config.model.trust_remote_code,
+        seed=config.seed,
+    )
+    kind = sync_kind(config, policy)
+    schedule = Schedule(steps=config.steps, **config.learner.model_dump())
+    learner = Learner(policy, schedule, config.rollout.sampling.temperature, config.seed)
+    sampling = Sampling(
+        config.rollout.sampling.temperature, config.rollout.sampling.max_tokens, stop=config.rollout.sampling.stop
+    )
+    if not stuff.needs_engine:
+        source = Recorded(stuff.groups, config.rollout.tasks_per_step, config.seed)
+        return Parts(stuff, policy, learner, source, None, None, None, kind)
+    say("starting the engine")
+    engine = start_engine(stuff, policy, kind, log)
+    player = Player(engine, stuff.chat, config.env.build(), sampling, stuff.context)
+    reward = config.reward.build() if config.reward else None
+    if config.online:
+        assert reward is not None
+        rollout = config.rollout
+        source = Rollouts(stuff.tasks, player, reward, rollout.tasks_per_step, rollout.group_size, config.seed)
+    else:
+        source = Recorded(stuff.groups, config.rollout.tasks_per_step, config.seed)
+    prompts = [stuff.chat.prompt(task.messages) for task in (stuff.tasks or stuff.held_out)[:2]]
+    sync = Sync(policy, engine, learner, "adapter" if kind == "adapter" else "merged", prompts, sampling)
+    evaluation = None
+    if stuff.held_out and reward is not None and config.reward is not None:
+        component = config.eval.accuracy or config.reward.components()[0]
+        evaluation = Evaluation(player, reward, stuff.held_out, component, config.eval.samples, config.seed)
+    return Parts(stuff, policy, learner, source, engine, sync, evaluation, kind)
+
+
+def start_engine(stuff: Material, policy: Policy, kind: str, log: Path | None) -> Engine:
+    """The engine of the config, serving the policy's model before training."""
+    block = stuff.config.rollout.engine
+    if isinstance(block, Local):
+        return LocalEngine(stuff.model, policy.dtype, policy.device, block.max_sequences, stuff.chat.tokenizer)
+    settings: dict[str, Any] = {
+        "model": stuff.model,
+        "dtype": policy.dtype,
+        "context": stuff.context,
+        "max_sequences": block.max_sequences,
+        "cache_gb": block.cache_gb,
+        "memory_fraction": block.memory_fraction or (0.4 if policy.device.type == "cuda" else None),
+        "lora_rank": adapter_rank(policy) if kind == "adapter" else 0,
+        "seed": stuff.config.seed,
+        "log": log,
+        "options": block.options,
+    }
+    _refuse_options(block)
+    return VllmEngine(**settings) if block.place == "here" else in_worker(VllmEngine, **settings)
+
+
+def sync_kind(config: Config, policy: Policy) -> str:
+    """merged or adapter; auto is merged on a CPU, whose adapter kernels are slow, and wherever it must be."""
+    if config.sync.type != "auto":
+        if config.sync.type == "adapter":
+            refuse_hot_loading(policy)
+        return config.sync.type
+    if policy.device.type == "cpu" or isinstance(config.rollout.engine, Local):
+        return "merged"
+    try:
+        refuse_hot_loading(policy)
+    except InputError:
+        return "merged"
+    return "adapter"
+
+
+def _refuse_options(block: Vllm) -> None:
+    """Options that would break what the run proves."""
+    kept = {"logprobs_mode", "model", "dtype", "tensor_parallel_size", "pipeline_parallel_size", "quantization"}
+    for name in block.options:
+        if name in kept and block.options[name] not in (None, 1):
+            raise InputError(
+                f"rollout.engine.options.{name}: rlft sets this itself, since its proofs of each sync depend on it"
+            )
+
+
+def _rows(rows: Rows, split: str) -> list[data.Row]:
+    if isinstance(rows, Generated):
+        made = sums(rows.digits, rows.split, rows.holdout, rows.seed)
+        return made[: rows.limit]
+    return data.read(rows.path, rows.subset, rows.split or ("train" if split == "train" else "test"), rows.limit)
+
+
+def _context(config: Config, chat: Chat, model: Path, tasks: list[Task], groups: list[Group]) -> int:
+    """The context to reserve; refuses rows that do not fit."""
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(model, trust_remote_code=config.model.trust_remote_code).get_text_config()
+    most = int(getattr(text, "max_position_embeddings", 2**31))
+    allowed = min(most, config.rollout.engine.context or most)
+    answer = config.rollout.sampling.max_tokens
+    lengths = [(task.id, len(chat.prompt(task.messages))) for task in tasks]
+    data.check_lengths(lengths, allowed - answer, "prompts are")
+    recorded = [(t.task.id, len(s.tokens)) for g in groups for t in g for s in t.samples]
+    data.check_lengths(recorded, most, "recorded samples are")
+    if config.rollout.engine.context:
+        return allowed
+    longest = max((n for _, n in lengths), default=0) + answer
+    return min(most, longest + SLACK)
+
+
+def served_model(stuff: Material) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype that the policy will have."""
+    device = device_of(stuff.config.model.device)
+    return device, dtype_of(stuff.config.model.dtype, device)

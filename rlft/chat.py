@@ -1,0 +1,91 @@
+"""Messages to tokens and back. What was sampled is what is trained on: sampled tokens are never encoded again.
+
+A later turn is appended as the suffix that the chat template adds to what was rendered before. A template that
+rewrites its history (strips thinking, say) has no such suffix; that is detected and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from rlft.types import InputError, Message
+
+
+class Chat:
+    """A tokenizer with its chat template, or plain text where the model has none.
+
+    template: "auto" (the model's own, plain text without one), "none" (plain text: the contents joined), or a
+    Jinja file.
+    """
+
+    def __init__(self, model: Path, template: str = "auto") -> None:
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise InputError(f"model.path: the tokenizer in {model} does not load: {error}") from error
+        if template not in ("auto", "none"):
+            if not Path(template).is_file():
+                raise InputError(f"model.chat_template: there is no file {template!r}; it is auto, none or a Jinja file")
+            self.tokenizer.chat_template = Path(template).read_text()
+        self._plain = template == "none" or not self.tokenizer.chat_template
+        eos = self.tokenizer.eos_token_id
+        self.end: int | None = None if eos is None else int(eos)
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids at and above this one mean nothing to the tokenizer."""
+        return len(self.tokenizer)
+
+    def render(self, messages: Sequence[Message], prompt: bool) -> str:
+        """The text of a conversation; with `prompt`, up to where the assistant begins to speak."""
+        if self._plain:
+            return "".join(str(message["content"]) for message in messages)
+        return self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=prompt
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of rendered text; nothing is added to it."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of sampled tokens without special ones."""
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens that the assistant answers to."""
+        return self.encode(self.render(messages, prompt=True))
+
+    def demonstration(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        """Prompt and completion tokens of a conversation that ends with the assistant; up to the end-of-turn token.
+
+        Raises InputError where the template renders the prompt differently once it is answered.
+        """
+        asked = self.render(messages[:-1], prompt=True)
+        whole = self.render(messages, prompt=False)
+        if not whole.startswith(asked):
+            raise InputError("the chat template changes the prompt once it is answered; set model.chat_template")
+        said = self.encode(whole[len(asked) :])
+        if self.end is not None:
+            said = said[: len(said) - said[::-1].index(self.end)] if self.end in said else [*said, self.end]
+        return self.encode(asked), said
+
+    def suffix(self, before: Sequence[Message], after: Sequence[Message], ended: bool) -> list[int]:
+        """The tokens to append after an assistant turn so that it goes on with the new messages of `after`.
+
+        before: the conversation whose tokens are there, its last message the assistant's. ended: its end-of-turn
+        token was sampled. Raises InputError where the template is not prefix-stable.
+        """
+        if self._plain:
+            return self.encode(self.render(after[len(before) :], prompt=True))
+        marker = self.tokenizer.eos_token if self.end is not None else ""
+        spoken, longer = self.render(before, prompt=False), self.render(after, prompt=True)
+        if not longer.startswith(spoken):
+            raise InputError("this chat template rewrites what was said before, so turns cannot be appended to it")
+        tail = spoken[spoken.rfind(marker) :] if marker and marker in spoken else ""
+        closing = tail[len(marker) :] if ended else tail
+        return self.encode(closing + longer[len(spoken) :])

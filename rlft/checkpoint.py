@@ -1,0 +1,179 @@
+"""Checkpoints: whole or not there. Written under a temporary name, synced to the disk, then renamed.
+
+Nothing is pickled: tensors are safetensors, the rest is JSON. `checkpoints/step-n` holds version n and all it takes
+to go on as if nothing had happened: trained parameters, optimizer, scheduler, random states, the source's position.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlft.learner import Learner
+from rlft.source import Source
+from rlft.types import InputError
+
+NAME = re.compile(r"step-(\d{6,})")
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep`, and the best by a number that grows with quality."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder = folder
+        self._keep = keep
+        self.best: tuple[float, int] | None = None
+        newest = self.latest()
+        if newest is not None:
+            found = read_state(self.path(newest)).get("best")
+            self.best = (float(found[0]), int(found[1])) if found else None
+
+    def path(self, step: int) -> Path:
+        """The folder of one checkpoint, whether it is there or not."""
+        return self._folder / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first."""
+        if not self._folder.is_dir():
+            return []
+        return sorted(int(m[1]) for p in self._folder.iterdir() if (m := NAME.fullmatch(p.name)))
+
+    def latest(self) -> int | None:
+        """The newest step with a checkpoint."""
+        return max(self.steps(), default=None)
+
+    def improved(self, step: int, value: float | None) -> bool:
+        """Note a quality; True where it is the best so far."""
+        if value is None or (self.best is not None and value <= self.best[0]):
+            return False
+        self.best = (value, step)
+        return True
+
+    def save(self, step: int, learner: Learner, source: Source) -> Path:
+        """Write version `step`. On any failure nothing is left but what was there before."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        scratch = self._folder / f".writing-{step:06d}-{os.getpid()}"
+        try:
+            scratch.mkdir()
+            write(scratch, step, learner, source, self.best)
+            _flush(scratch)
+            target = self.path(step)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(scratch, target)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        self._prune()
+        return self.path(step)
+
+    def _prune(self) -> None:
+        kept = set(self.steps()[-self._keep :]) | ({self.best[1]} if self.best else set())
+        for step in self.steps():
+            if step not in kept:
+                shutil.rmtree(self.path(step))
+
+
+def write(folder: Path, step: int, learner: Learner, source: Source, best: tuple[float, int] | None) -> None:
+    """Everything of one checkpoint into an empty folder."""
+    if learner.policy.is_peft:
+        learner.policy.save_adapter(folder / "adapter")
+    save_file({n: p.detach().cpu().contiguous() for n, p in learner.policy.trainable()}, folder / "trained.safetensors")
+    tensors, numbers = _split(learner.optimizer.state_dict()["state"], learner.names)
+    save_file(tensors, folder / "optimizer.safetensors")
+    random_states = {"torch": torch.get_rng_state(), "learner": learner.generator.get_state()}
+    if torch.cuda.is_available():
+        random_states["cuda"] = torch.cuda.get_rng_state()
+    save_file(random_states, folder / "random.safetensors")
+    state = {
+        "step": step,
+        "source": source.state_dict(),
+        "optimizer": numbers,
+        "scheduler": {k: v for k, v in learner.scheduler.state_dict().items() if _plain(v)},
+        "best": best,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=1))
+
+
+def restore(folder: Path, learner: Learner, source: Source | None) -> int:
+    """Bring learner and source to where the checkpoint was taken; returns its step. Raises InputError."""
+    state = read_state(folder)
+    load_trained(folder, learner)
+    saved = load_file(folder / "optimizer.safetensors")
+    current = learner.optimizer.state_dict()
+    current["state"] = _join(saved, state["optimizer"], learner.names)
+    learner.optimizer.load_state_dict(current)
+    learner.scheduler.load_state_dict(learner.scheduler.state_dict() | state["scheduler"])
+    for group, lr in zip(learner.optimizer.param_groups, state["scheduler"]["_last_lr"], strict=True):
+        group["lr"] = lr
+    random_states = load_file(folder / "random.safetensors")
+    torch.set_rng_state(random_states["torch"])
+    learner.generator.set_state(random_states["learner"])
+    if "cuda" in random_states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random_states["cuda"])
+    if source is not None:
+        source.load_state_dict(state["source"])
+    return int(state["step"])
+
+
+def load_trained(folder: Path, learner: Learner) -> None:
+    """The trained parameters alone. Raises InputError where they are not those of this policy."""
+    saved = load_file(folder / "trained.safetensors")
+    own = dict(learner.policy.trainable())
+    if set(saved) != set(own) or any(saved[n].shape != p.shape for n, p in own.items()):
+        raise InputError(
+            f"{folder}: its parameters are not those of this config's model and adapter; "
+            "resume with the model and adapter that the run began with"
+        )
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(saved[name])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint. Raises InputError where it is not one."""
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: this is not a checkpoint: {error}") from error
+
+
+def _split(state: Mapping[Any, Mapping[str, Any]], names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors and numbers, both under `parameter|field`."""
+    flat = {f"{names[i]}|{field}": value for i, fields in state.items() for field, value in fields.items()}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in flat.items() if isinstance(value, Tensor)}
+    return tensors, {key: value for key, value in flat.items() if not isinstance(value, Tensor)}
+
+
+def _join(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], names: list[str]) -> dict[int, dict[str, Any]]:
+    index = {name: i for i, name in enumerate(names)}
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **numbers}.items():
+        name, _, field = key.rpartition("|")
+        state.setdefault(index[name], {})[field] = value
+    return state
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, int | float | str | bool | list | type(None)) and not (
+        isinstance(value, list) and any(not isinstance(v, int | float) for v in value)
+    )
+
+
+def _flush(folder: Path) -> None:
+    """Force every file to the disk, so that the rename never outruns the data."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,149 @@
+"""The command line. Exit codes: 0 done, 2 bad input, 1 failure, 130 stopped by Ctrl-C with everything kept."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlft.types import InputError, RunError
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+app = typer.Typer(
+    help="Reinforcement and preference fine-tuning of language models that proves its own steps.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ConfigFile = Annotated[Path, typer.Argument(help="a YAML file", metavar="CONFIG")]
+RunFolder = Annotated[Path, typer.Argument(help="the folder of a run", metavar="RUN_DIR")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="such as learner.lr=1e-5", metavar="[KEY=VALUE]...")]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train from the start."""
+    from rlft import session, settings
+    from rlft.terminal import Terminal
+
+    raise typer.Exit(session.begin(settings.load(config, overrides or []), Terminal()))
+
+
+@app.command()
+def resume(run: RunFolder, overrides: Overrides = None) -> None:
+    """Go on from a run's newest checkpoint."""
+    from rlft import session
+    from rlft.terminal import Terminal
+
+    raise typer.Exit(session.resume(run, overrides or [], Terminal()))
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check a config and say in words what it would do; no weight is loaded."""
+    from rlft import settings
+    from rlft.plan import describe
+
+    typer.echo(describe(settings.load(config, overrides or [])))
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a YAML file or the folder of a run", metavar="CONFIG|RUN_DIR")],
+    overrides: Overrides = None,
+    step: Annotated[int | None, typer.Option(help="of the run's checkpoints; default: the newest")] = None,
+) -> None:
+    """Evaluate a config's model, or a run's policy, on the held-out tasks."""
+    from rlft.inspect import evaluate
+
+    typer.echo(evaluate(run, overrides or [], step))
+
+
+@app.command()
+def sample(
+    run: Annotated[str, typer.Argument(help="the folder of a run, or a model", metavar="RUN_DIR|MODEL")],
+    prompt: Annotated[str | None, typer.Option(help="answer this and end; default: ask for prompts")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="of each answer")] = 128,
+) -> None:
+    """Talk to a policy; of a run, base and tuned answer side by side."""
+    from rlft.inspect import sample
+
+    sample(run, prompt, temperature, max_tokens)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option(help="a new folder")],
+    merged: Annotated[bool, typer.Option("--merged", help="the whole model, the adapter merged in")] = False,
+    step: Annotated[int | None, typer.Option(help="of the run's checkpoints; default: the newest")] = None,
+) -> None:
+    """Write a run's adapter or merged model for transformers, PEFT and vLLM."""
+    from rlft.inspect import export
+
+    typer.echo(export(run, to, merged, step))
+
+
+@app.command()
+def doctor(run: Annotated[Path | None, typer.Argument(help="also look at a run", metavar="[RUN_DIR]")] = None) -> None:
+    """Say what this machine has, and how to mend what is missing."""
+    from rlft.doctor import examine
+
+    text, healthy = examine(run)
+    typer.echo(text)
+    raise typer.Exit(0 if healthy else 1)
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(help="algorithms, rewards, envs or engines")],
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Say what there is to choose from."""
+    from rlft.plan import catalog
+
+    entries = catalog(what)
+    if as_json:
+        typer.echo(json.dumps([{"name": name, "about": about} for name, about in entries.items()], indent=1))
+        return
+    width = max(map(len, entries))
+    typer.echo("\n".join(f"{name:{width}}  {about}" for name, about in entries.items()))
+
+
+def main() -> None:
+    """Run a command; every expected failure is one message and an exit code."""
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error), 2)
+    except RunError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("stopped at once. What was kept: `rlft resume` goes on from the run's newest checkpoint.", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        _fail(
+            f"cannot write {error.filename or 'to the disk'}: {error.strerror}. Nothing was left half-written. Make "
+            "room or choose another out=..., then go on with `rlft resume`.",
+            1,
+        )
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(f"rlft: {message}", err=True)
+    sys.stdout.flush()
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""The shape of a run's config: closed models, every default documented, bad combinations refused with the reason.
+
+YAML with `key=value` overrides. Which blocks are unions is decided by `type`: algorithm, reward, env, engine, adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from rlft.algorithms.catalog import AlgorithmConfig
+from rlft.envs.catalog import EnvConfig
+from rlft.rewards.catalog import RewardConfig
+
+RECORDED_ROLES = ("completion", "completions", "chosen")
+TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "swanlab", "comet_ml", "clearml", "aim", "dvclive")
+
+
+class Block(BaseModel):
+    """A closed block: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Block):
+    """The policy before training."""
+
+    path: str = Field(description="a folder, a hub id, or smollm2-135m-q4")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
+    chat_template: str = Field("auto", description="auto (the model's own), none (plain text), or a Jinja file")
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time to learn")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+
+class Adapter(BaseModel):
+    """Any PEFT config by its type, with that config's own fields; `saved` with `path` goes on with one."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: str = Field("lora", description="a PEFT type (lora, dora is lora with use_dora, vera, ...), saved, or none")
+
+    def settings(self) -> dict[str, Any] | None:
+        """What the policy is built from; None for full fine-tuning."""
+        return None if self.type == "none" else self.model_dump()
+
+
+class File(Block):
+    """Rows from a file (JSONL or Parquet) or the hub."""
+
+    type: Literal["file"] = "file"
+    path: str = Field(description="a .jsonl, .json or .parquet file, or a datasets hub id")
+    subset: str | None = Field(None, description="the hub data set's configuration")
+    split: str | None = Field(None, description="the hub data set's split; default train, and test for eval")
+    limit: int | None = Field(None, ge=1, description="only the first so many rows")
+
+
+class Generated(Block):
+    """Sums made on the spot; whole unordered pairs are held out."""
+
+    type: Literal["generated"] = "generated"
+    digits: int = Field(1, ge=1, le=3, description="of each number")
+    split: Literal["train", "eval"] = Field("train", description="which side of the held-out pairs")
+    holdout: float = Field(0.2, gt=0, lt=1, description="share of unordered pairs that is held out")
+    seed: int = Field(0, description="chooses the held-out pairs")
+    limit: int | None = Field(None, ge=1, description="only so many rows, after shuffling by the seed")
+
+
+Rows = Annotated[File | Generated, Field(discriminator="type")]
+
+
+class Data(Block):
+    """What is trained on and what is held out. A plain string stands for {type: file, path: ...}."""
+
+    train: Rows
+    eval: Rows | None = None
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="role: column. Roles: prompt, messages, completion, completions, scores, chosen, rejected; any "
+        "other name is passed to the reward. Columns that are not named keep their own name.",
+    )
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"type": "file", "path": value}
+        return {"type": "file", **value} if isinstance(value, dict) and "type" not in value else value
+
+
+class Vllm(Block):
+    """vLLM, on a GPU or a CPU."""
+
+    type: Literal["vllm"] = "vllm"
+    place: Literal["here", "worker"] = Field("here", description="in this process, or in one of its own")
+    context: int | None = Field(None, ge=2, description="most tokens of prompt and completion; default: what is needed")
+    max_sequences: int = Field(128, ge=1, description="how many requests advance together")
+    cache_gb: float | None = Field(None, gt=0, description="memory for keys and values; default on a CPU: 1")
+    memory_fraction: float | None = Field(None, gt=0, le=1, description="of the GPU; default there: 0.4")
+    options: dict[str, Any] = Field(default_factory=dict, description="any other engine argument of vLLM")
+
+
+class Local(Block):
+    """transformers: slower, runs any model."""
+
+    type: Literal["local"] = "local"
+    context: int | None = Field(None, ge=2, description="most tokens of prompt and completion; default: what is needed")
+    max_sequences: int = Field(128, ge=1, description="how many requests advance together")
+
+
+class Draw(Block):
+    """How the policy is sampled for training."""
+
+    temperature: float = Field(1.0, gt=0, description="the learner divides its logits by the same")
+    max_tokens: int = Field(128, ge=1, description="per turn")
+    stop: tuple[str, ...] = Field((), description="strings that end a completion")
+    top_p: float = Field(1.0, description="must be 1, see below")
+    top_k: int = Field(0, description="must be 0")
+    min_p: float = Field(0.0, description="must be 0")
+
+    @model_validator(mode="after")
+    def _whole_distribution(self) -> Draw:
+        for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
+            value = getattr(self, name)
+            if value != neutral and not (name == "top_k" and value == -1):
+                raise ValueError(
+                    f"{name}={value:g} cuts the distribution that is sampled from, and the learner would score another "
+                    f"one, so every ratio would be wrong. Leave {name} at {neutral:g}; sample colder with temperature."
+                )
+        return self
+
+
+class Rollout(Block):
+    """How a step's groups are made. For recorded data only `tasks_per_step` counts, and the engine if there is eval."""
+
+    engine: Annotated[Vllm | Local, Field(discriminator="type")] = Vllm()
+    tasks_per_step: int = Field(8, ge=1, description="tasks (recorded: groups) per step")
+    group_size: int = Field(8, ge=1, description="samples per task")
+    sampling: Draw = Draw()
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _typed(cls, value: Any) -> Any:
+        return {"type": "vllm", **value} if isinstance(value, dict) and "type" not in value else value
+
+
+class Learner(Block):
+    """How the weights are moved."""
+
+    lr: float = Field(1e-5, gt=0, description="learning rate at its highest")
+    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of adamw")
+    scheduler: Literal["constant", "linear", "cosine", "constant_with_warmup"] = Field(
+        "constant", description="over the whole run; warmup_steps come first in all but constant"
+    )
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps from 0 to lr")
+    epochs: int = Field(1, ge=1, description="passes over each batch")
+    minibatches: int = Field(1, ge=1, description="optimizer steps per pass")
+    micro_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass; a matter of memory only")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: never")
+
+
+class Sync(Block):
+    """How weights reach the engine. auto: merged on a CPU and wherever an adapter cannot be hot-loaded."""
+
+    type: Literal["auto", "merged", "adapter"] = "auto"
+
+
+class Eval(Block):
+    """Held-out tasks, greedy, before and after training and every so many steps."""
+
+    every: int = Field(0, ge=0, description="steps; 0: only before and after training")
+    accuracy: str | None = Field(None, description="the reward component that means correct; default: the first")
+    samples: int = Field(1, ge=1, description="above 1: also eval/pass@k, from k samples at the run's temperature")
+
+
+class Checkpoint(Block):
+    """What is kept."""
+
+    every: int = Field(10, ge=0, description="steps; 0: only the last")
+    keep: int = Field(2, ge=1, description="the newest so many, and the best by eval/accuracy")
+
+
+class Show(Block):
+    """Samples on the terminal."""
+
+    every: int = Field(5, ge=0, description="steps; 0: never")
+    samples: int = Field(3, ge=1, description="how many")
+
+
+class Config(Block):
+    """A run."""
+
+    name: str = Field(pattern=r"^[\w.-]+$", description="names the run's folder: runs/<name>")
+    steps: int = Field(ge=0, description="steps to train")
+    seed: int = Field(0, ge=0, description="of data order, sampling and initial adapter")
+    out: str | None = Field(None, description="the run's folder; one that ends in -N takes the next free number")
+    model: Model
+    adapter: Adapter = Field(Adapter(), description="any PEFT config, or none for full fine-tuning")
+    data: Data
+    env: EnvConfig = EnvConfig()
+    reward: RewardConfig | None = None
+    rollout: Rollout = Rollout()
+    algorithm: AlgorithmConfig
+    learner: Learner = Learner()
+    sync: Sync = Sync()
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    show: Show = Show()
+    track: tuple[str, ...] = Field((), description=f"any of {', '.join(TRACKERS)}")
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return {"type": value or "none"} if value is None or isinstance(value, str) else value
+
+    @field_validator("track", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else list(value or ())
+        for name in names:
+            if name not in TRACKERS:
+                raise ValueError(f"there is no tracker {name!r}; it is one of {', '.join(TRACKERS)}")
+        return tuple(names)
+
+    @property
+    def online(self) -> bool:
+        """Groups are sampled from the policy, not read from the data."""
+        if self.algorithm.source != "any":
+            return self.algorithm.source == "rollouts"
+        return not any(role in self.data.columns for role in RECORDED_ROLES)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        for problem in (_reward_problem, _group_problem, _source_problem, _dropout_problem, _sync_problem):
+            reason = problem(self)
+            if reason:
+                raise ValueError(reason)
+        return self
+
+
+def _reward_problem(config: Config) -> str | None:
+    if config.reward is None:
+        if config.online:
+            return "reward: samples of the policy need a reward to score them; add a reward block"
+        return "reward: data.eval needs a reward to say what is correct" if config.data.eval else None
+    known = config.reward.components()
+    if config.eval.accuracy is not None and config.eval.accuracy not in known:
+        return f"eval.accuracy: the reward has no component {config.eval.accuracy!r}; it has {', '.join(known)}"
+    if config.eval.every and config.data.eval is None:
+        return "eval.every: there are no held-out tasks to evaluate on; set data.eval, or eval.every=0"
+    return None
+
+
+def _group_problem(config: Config) -> str | None:
+    least = config.algorithm.group_size_min
+    if config.online and config.rollout.group_size < least:
+        return (
+            f"rollout.group_size: {config.algorithm.type} compares the samples of one task with each other, so a group "
+            f"of {config.rollout.group_size} teaches nothing; set it to {least} or more"
+        )
+    rows = config.rollout.tasks_per_step * (config.rollout.group_size if config.online else 1)
+    if config.learner.minibatches > rows:
+        return f"learner.minibatches: {rows} samples a step cannot be cut into {config.learner.minibatches}"
+    return None
+
+
+def _source_problem(config: Config) -> str | None:
+    recorded = [role for role in RECORDED_ROLES if role in config.data.columns]
+    if config.algorithm.source == "rollouts" and recorded:
+        return (
+            f"data.columns.{recorded[0]}: {config.algorithm.type} learns from its own samples, whose log-probs it "
+            "needs; recorded completions have none. Remove that role, or choose an offline algorithm such as sft."
+        )
+    return None
+
+
+def _dropout_problem(config: Config) -> str | None:
+    dropout = (config.adapter.model_extra or {}).get("lora_dropout") or 0
+    if config.online and dropout:
+        return (
+            f"adapter.lora_dropout: with {dropout} the learner would score samples under another policy than the one "
+            "that drew them; set it to 0"
+        )
+    return None
+
+
+def _sync_problem(config: Config) -> str | None:
+    if config.sync.type == "adapter" and isinstance(config.rollout.engine, Local):
+        return "sync.type: the local engine takes merged weights only; set sync.type=merged or auto"
+    if config.sync.type == "adapter" and config.adapter.type == "none":
+        return "sync.type: there is no adapter to send; set sync.type=merged or auto"
+    return None

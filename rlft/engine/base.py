@@ -1,0 +1,125 @@
+"""What the loop asks of an engine, and how an engine's copy of a weight is read back and compared.
+
+A digest of a matrix is a few of its columns, exact to the bit, and its product with a random vector of signs, up to
+rounding. An engine that packs its weights for a kernel, so that nobody can read them, answers with the kernel itself:
+multiplying by a column of the identity returns that column exactly. A training step moves every column of a layer,
+so four exact ones tell a stale, missing or half-sent layer from a fresh one; the random product covers the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlft.types import Completion, Sampling
+
+COLUMNS = 4
+ROUNDING = 2e-6  # of float32 sums over a row, relative to the row's absolute sum
+
+
+@dataclass(frozen=True)
+class Full:
+    """Whole weights under their checkpoint names, each fused unit of the engine complete."""
+
+    tensors: Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A PEFT adapter in a folder of its own, one for every version."""
+
+    folder: Path
+
+
+Weights = Full | Delta
+
+
+class Engine(Protocol):
+    """Samples from the policy. All calls come from one event loop."""
+
+    version: int
+
+    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
+        """Continue `prompt`; calls that are open at once are batched together. Raises RunError if the engine fails."""
+        ...
+
+    async def load_weights(self, weights: Weights, version: int) -> None:
+        """Serve these weights from now on and forget every cached key and value. No request may be open."""
+        ...
+
+    async def units(self, names: Sequence[str]) -> dict[str, str]:
+        """The engine's parameter behind each checkpoint name; names of one unit must be sent together.
+
+        A name that the engine has no receiver for is missing from the answer.
+        """
+        ...
+
+    async def read_back(self, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+        """Digests, by `digest`, of the engine's own serving copy under checkpoint names."""
+        ...
+
+    async def forget(self) -> None:
+        """Drop the prefix cache."""
+        ...
+
+    async def close(self) -> None:
+        """Free everything; nothing stays behind."""
+        ...
+
+
+def probe(width: int, seed: int) -> Float[Tensor, "k c"]:
+    """The columns that a digest of a matrix with `width` inputs is multiplied by; both sides make the same."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
+    matrix = torch.zeros(width, COLUMNS + 1)
+    picked = torch.randperm(width, generator=generator)[:COLUMNS]
+    matrix[picked, torch.arange(len(picked))] = 1.0
+    matrix[:, COLUMNS] = torch.randint(0, 2, (width,), generator=generator) * 2.0 - 1.0
+    return matrix
+
+
+def digest(weight: Tensor, seed: int) -> Float[Tensor, "n c"]:
+    """The digest of a weight that can be read: a vector is its own, a matrix as the module says. Float32, on the CPU."""
+    if weight.ndim < 2:
+        return weight.detach().float().cpu().reshape(-1, 1)
+    flat = weight.detach().reshape(weight.shape[0], -1)
+    matrix = probe(flat.shape[1], seed)
+    picked = matrix[:, :COLUMNS].argmax(0).to(flat.device)
+    product = flat.double() @ matrix[:, COLUMNS:].double().to(flat.device)
+    return torch.cat([flat[:, picked].float(), product.float()], 1).cpu()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What the sender remembers of a tensor: its digest, and how far rounding may take the random product, per row."""
+
+    digest: Float[Tensor, "n c"]
+    bound: Float[Tensor, " n"] | None
+
+    @classmethod
+    def of(cls, weight: Tensor, seed: int) -> Mark:
+        """Of the tensor as it is sent, after the cast."""
+        if weight.ndim < 2:
+            return cls(digest(weight, seed), None)
+        rows = weight.detach().reshape(weight.shape[0], -1).abs().sum(1, dtype=torch.float32).cpu()
+        return cls(digest(weight, seed), ROUNDING * rows + 1e-7)
+
+    def differs(self, found: Tensor) -> str | None:
+        """Why `found` is not the digest of the tensor that was sent; None when it is."""
+        if self.digest.shape != found.shape:
+            return f"its shape is {tuple(found.shape)}, sent was {tuple(self.digest.shape)}"
+        if not torch.isfinite(found).all():
+            return "it holds values that are not finite"
+        exact = self.digest.shape[1] if self.bound is None else COLUMNS
+        rows = (self.digest[:, :exact] != found[:, :exact]).any(1)
+        if rows.any():
+            return f"{int(rows.sum())} of {len(rows)} rows are not the ones sent"
+        if self.bound is None:
+            return None
+        off = (self.digest[:, COLUMNS] - found[:, COLUMNS]).abs() > self.bound
+        return f"{int(off.sum())} of {len(off)} rows do not add up to what was sent" if off.any() else None

@@ -1,0 +1,316 @@
+"""vLLM, on a GPU and on a CPU, driven step by step inside the event loop: continuous batching of whatever is open.
+
+Settings that were measured, and why: `processed_logprobs` (the default reports them before temperature); on a CPU
+blocks of 32 tokens, so that short shared prompts hit the prefix cache (the default of 128 never does on a prompt of
+43; sampling was twice as fast), and no chunked prefill (a chunked prompt with a seed of its own raises "CPU Generator
+does not use offset").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlft.engine.base import Delta, Full, Weights, digest, probe
+from rlft.types import Completion, InputError, RunError, Sampling
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CONFIGURE_LOGGING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENGINE_READY_TIMEOUT_S": "600",
+}
+SHARDS = {"q": 0, "k": 1, "v": 2}
+BLOCK = 32
+
+
+class VllmEngine:
+    """One vLLM engine in this process.
+
+    context: the most tokens of prompt and completion together. lora_rank: serve adapters of at most this rank
+    (0: merged weights only). log: the file that gets vLLM's own messages. options: any vLLM engine argument.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        dtype: torch.dtype,
+        context: int,
+        max_sequences: int = 128,
+        cache_gb: float | None = None,
+        memory_fraction: float | None = None,
+        lora_rank: int = 0,
+        seed: int = 0,
+        log: Path | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        quiet(log)
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        cpu = not torch.cuda.is_available()
+        context = min(context, _longest(model))
+        settings: dict[str, Any] = {
+            "model": str(model),
+            "dtype": str(dtype).removeprefix("torch."),
+            "seed": seed,
+            "enforce_eager": cpu,
+            "max_model_len": context,
+            "max_num_seqs": max_sequences,
+            "logprobs_mode": "processed_logprobs",
+            "enable_prefix_caching": True,
+            "distributed_executor_backend": "uni",
+            "disable_log_stats": True,
+        }
+        if cpu:
+            settings |= {"block_size": BLOCK, "enable_chunked_prefill": False}
+            settings |= {"max_num_batched_tokens": max(context, 4096)}
+            settings |= {"kv_cache_memory_bytes": int((cache_gb or 1.0) * 2**30)}
+        elif cache_gb:
+            settings["kv_cache_memory_bytes"] = int(cache_gb * 2**30)
+        if memory_fraction:
+            settings["gpu_memory_utilization"] = memory_fraction
+        if lora_rank:
+            settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_step(lora_rank)}
+        try:
+            arguments = EngineArgs(**(settings | (options or {})))
+            self._llm = LLMEngine.from_engine_args(arguments)
+        except TypeError as error:
+            raise InputError(f"rollout.engine.options: vLLM does not know one of them: {error}") from error
+        except Exception as error:  # vLLM raises whatever its parts raise; its message must reach the user
+            raise RunError(_why(error, log)) from error
+        self.version = -1
+        self._rank = lora_rank
+        self._adapter: Any = None
+        self._ids = itertools.count()
+        self._open: dict[str, tuple[asyncio.Future[Completion], int]] = {}
+        self._driver: asyncio.Task[None] | None = None
+        self._log = log
+
+    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
+        """See `Engine.generate`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed if sampling.temperature > 0 else None,
+            stop=list(sampling.stop) or None,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        name = str(next(self._ids))
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        try:
+            key = self._llm.add_request(name, {"prompt_token_ids": list(prompt)}, params, lora_request=self._adapter)
+        except ValueError as error:
+            raise InputError(f"rollout: vLLM refuses a prompt of {len(prompt)} tokens: {error}") from error
+        self._open[name] = (future, self.version)
+        if self._driver is None or self._driver.done():
+            self._driver = asyncio.create_task(self._drive())
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if self._open.pop(name, None):
+                self._llm.abort_request([key], internal=True)
+            raise
+
+    async def _drive(self) -> None:
+        """Step the engine until nothing is open; between steps, others have their turn."""
+        while self._open:
+            try:
+                outputs = self._llm.step()
+            except Exception as error:  # see __init__
+                for future, _ in self._open.values():
+                    if not future.done():
+                        future.set_exception(RunError(_why(error, self._log)))
+                self._open.clear()
+                return
+            for output in outputs:
+                entry = self._open.pop(output.request_id, None)
+                if output.finished and entry and not entry[0].done():
+                    entry[0].set_result(_completion(output.outputs[0], entry[1]))
+            await asyncio.sleep(0)
+
+    async def load_weights(self, weights: Weights, version: int) -> None:
+        """See `Engine.load_weights`."""
+        if self._open:
+            raise RunError(f"weights of version {version} came while {len(self._open)} requests were open")
+        if isinstance(weights, Full):
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.tensors)})
+        else:
+            self._load_adapter(weights, version)
+        self._llm.reset_prefix_cache()
+        self.version = version
+
+    def _load_adapter(self, weights: Delta, version: int) -> None:
+        from vllm.lora.request import LoRARequest
+
+        fresh = LoRARequest(f"policy-{version}", version + 1, str(weights.folder))
+        if self._adapter is not None:
+            self._llm.remove_lora(self._adapter.lora_int_id)
+        try:
+            self._llm.add_lora(fresh)
+        except Exception as error:  # see __init__
+            raise RunError(f"vLLM does not load this adapter: {error}. Use sync: {{type: merged}}.") from error
+        self._adapter = fresh
+
+    async def units(self, names: Sequence[str]) -> dict[str, str]:
+        """See `Engine.units`."""
+        found = {}
+        for name in names:
+            place = self._place(name)
+            if place is not None:
+                found[name] = place[0]
+        return found
+
+    async def read_back(self, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+        """See `Engine.read_back`. Names with `.lora_A.` or `.lora_B.` are read from the adapter in service."""
+        with torch.no_grad():
+            adapters = {name: self._read_adapter(name, seed) for name in names if ".lora_" in name}
+            plain: dict[str, Tensor] = {}
+            whole: dict[str, Tensor] = {}
+            for name in names:
+                place = None if name in adapters else self._place(name)
+                if place is None:
+                    continue
+                target, shard = place
+                if target not in whole:
+                    whole[target] = self._read(target, seed)
+                plain[name] = whole[target][self._span(target, shard)]
+        return plain | {name: value for name, value in adapters.items() if value is not None}
+
+    async def forget(self) -> None:
+        """See `Engine.forget`."""
+        self._llm.reset_prefix_cache()
+
+    async def close(self) -> None:
+        """See `Engine.close`."""
+        if self._driver:
+            self._driver.cancel()
+        self._llm.engine_core.shutdown()
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+
+    @property
+    def _runner(self) -> Any:
+        return self._llm.model_executor.driver_worker.worker.model_runner
+
+    @property
+    def _model(self) -> Any:
+        return self._runner.model
+
+    def _place(self, name: str) -> tuple[str, Any] | None:
+        """The engine's parameter behind a checkpoint name and the shard in it; None if there is no receiver."""
+        mapper = getattr(self._model, "hf_to_vllm_mapper", None)
+        mapped = mapper._map_name_with_shard(name) if mapper else (name, None)
+        if mapped is None:
+            return None
+        target, shard = mapped
+        if shard is None and target == name:
+            for fused, parts in getattr(self._model, "packed_modules_mapping", {}).items():
+                for i, part in enumerate(parts):
+                    if len(parts) > 1 and f".{part}." in name:
+                        target, shard = name.replace(f".{part}.", f".{fused}."), i
+        path, _, leaf = target.rpartition(".")
+        module = self._module(path)
+        return (target, shard) if module is not None and getattr(module, leaf, None) is not None else None
+
+    def _module(self, path: str) -> Any:
+        try:
+            module = self._model.get_submodule(path)
+        except AttributeError:
+            return None
+        return getattr(module, "base_layer", module)
+
+    def _read(self, target: str, seed: int) -> Tensor:
+        """The digest of a whole parameter: read where it stands, or through the kernel that it was packed for."""
+        path, _, leaf = target.rpartition(".")
+        module = self._module(path)
+        weight = getattr(module, leaf)
+        method = getattr(module, "quant_method", None)
+        packed = leaf == "weight" and hasattr(module, "cpu_linear") and method is not None
+        if not packed:
+            return digest(weight, seed)
+        width = module.input_size if hasattr(module, "input_size") else module.embedding_dim
+        columns = probe(width, seed).T.contiguous().to(self._runner.model_config.dtype)
+        bias, module.bias = getattr(module, "bias", None), None
+        try:
+            return method.apply(module, columns).T.float().cpu()
+        finally:
+            module.bias = bias
+
+    def _span(self, target: str, shard: Any) -> slice:
+        """The rows of a fused parameter that one of its parts fills."""
+        if shard is None:
+            return slice(None)
+        sizes = self._module(target.rpartition(".")[0]).output_sizes
+        index = SHARDS.get(shard, shard)
+        return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
+
+    def _read_adapter(self, name: str, seed: int) -> Tensor | None:
+        """The digest of one adapter matrix, from the buffers that the kernels read; B comes with the scaling in it."""
+        path, _, kind = name.removesuffix(".weight").rpartition(".")
+        place = self._place(f"{path}.weight")
+        manager = self._runner.lora_manager._adapter_manager
+        slot = manager.lora_index_to_id.index(self._adapter.lora_int_id)
+        module = manager.modules.get(place[0].removesuffix(".weight")) if place else None
+        if place is None or module is None:
+            return None
+        index = 0 if place[1] is None else SHARDS.get(place[1], place[1])
+        if kind == "lora_A":
+            return digest(module.lora_a_stacked[index][slot, 0, : self._rank], seed)
+        return digest(module.lora_b_stacked[index][slot, 0, :, : self._rank], seed)
+
+
+def quiet(log: Path | None) -> None:
+    """Keep vLLM's noise off the terminal: its messages go to the file `log`, or nowhere."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    logger = logging.getLogger("vllm")
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.addHandler(logging.FileHandler(log) if log else logging.NullHandler())
+    logger.setLevel(logging.INFO if log else logging.CRITICAL)
+
+
+def _completion(output: Any, version: int) -> Completion:
+    tokens = list(output.token_ids)
+    logprobs = list(output.logprobs.logprobs)
+    if len(tokens) != len(logprobs):
+        raise RunError(f"vLLM returned {len(tokens)} tokens with {len(logprobs)} log-probs")
+    return Completion(tokens, logprobs, str(output.finish_reason), version)
+
+
+def _longest(model: Path) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 2**31))
+
+
+def _rank_step(rank: int) -> int:
+    """The smallest rank limit of vLLM's list that holds `rank`."""
+    return next((step for step in (8, 16, 32, 64, 128, 256, 320, 512) if step >= rank), rank)
+
+
+def _why(error: Exception, log: Path | None) -> str:
+    where = f" Its own log is {log}." if log else ""
+    return f"vLLM failed: {type(error).__name__}: {str(error).strip() or 'no message'}.{where}"

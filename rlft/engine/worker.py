@@ -1,0 +1,245 @@
+"""An engine in a process of its own: the same calls over a pipe, weights through files in shared memory.
+
+Only a worker can die without the learner. When it does, every open call ends with a RunError that says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlft.engine.base import Delta, Engine, Full, Weights
+from rlft.types import Completion, InputError, RunError, Sampling
+
+SHARD_BYTES = 64 * 2**20
+
+
+class WorkerEngine:
+    """Starts `make()` in a spawned process and passes every call on.
+
+    make: a picklable function that builds the engine there. patience: seconds to wait for its start.
+    """
+
+    def __init__(self, make: Callable[[], Engine], patience: float = 600.0, log: Path | None = None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, log), daemon=True, name="rlft-engine")
+        self._process.start()
+        theirs.close()
+        self.version = -1
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._next = 0
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        if not self._pipe.poll(patience):
+            self._kill()
+            raise RunError(f"the engine's process did not start within {patience:.0f} s")
+        kind, answer = self._receive()
+        if kind != "ready":
+            self._kill()
+            raise answer
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    async def generate(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
+        """See `Engine.generate`."""
+        return await self._call("generate", list(prompt), sampling)
+
+    async def load_weights(self, weights: Weights, version: int) -> None:
+        """See `Engine.load_weights`. Tensors travel as safetensors in shared memory, a few at a time."""
+        if isinstance(weights, Delta):
+            await self._call("load_weights", weights, version)
+        else:
+            folder = Path(tempfile.mkdtemp(prefix="rlft-sync-", dir=_shared()))
+            try:
+                _write(weights, folder)
+                await self._call("load_files", str(folder), version)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        self.version = version
+
+    async def units(self, names: Sequence[str]) -> dict[str, str]:
+        """See `Engine.units`."""
+        return await self._call("units", list(names))
+
+    async def read_back(self, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+        """See `Engine.read_back`."""
+        found = await self._call("read_back", list(names), seed)
+        return {name: torch.from_numpy(array) for name, array in found.items()}
+
+    async def forget(self) -> None:
+        """See `Engine.forget`."""
+        await self._call("forget")
+
+    async def close(self) -> None:
+        """See `Engine.close`. A process that does not end by itself within ten seconds is killed."""
+        if not self._closed and self._process.is_alive():
+            with contextlib.suppress(RunError, asyncio.TimeoutError, OSError):
+                await asyncio.wait_for(self._call("close"), 10)
+        self._closed = True
+        self._process.join(10)
+        self._kill()
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        self._loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = self._loop.create_future()
+        with self._lock:
+            number, self._next = self._next, self._next + 1
+            self._waiting[number] = future
+        try:
+            self._pipe.send((number, method, arguments))
+        except (OSError, ValueError) as error:
+            self._waiting.pop(number, None)
+            raise self._dead() from error
+        try:
+            return await future
+        except asyncio.CancelledError:
+            with contextlib.suppress(OSError, ValueError):
+                self._pipe.send((number, "cancel", ()))
+            raise
+
+    def _receive(self) -> tuple[Any, Any]:
+        try:
+            return self._pipe.recv()
+        except (EOFError, OSError):
+            return "failed", self._dead()
+
+    def _listen(self) -> None:
+        """A thread: hand answers to the event loop; when the pipe breaks, fail whatever waits."""
+        while True:
+            try:
+                number, good, answer = self._pipe.recv()
+            except (EOFError, OSError, pickle.UnpicklingError):
+                with self._lock:
+                    waiting, self._waiting = self._waiting, {}
+                for future in waiting.values():
+                    self._settle(future, False, self._dead())
+                return
+            with self._lock:
+                future = self._waiting.pop(number, None)
+            if future is not None:
+                self._settle(future, good, answer)
+
+    def _settle(self, future: asyncio.Future[Any], good: bool, answer: Any) -> None:
+        def settle() -> None:
+            if not future.done():
+                future.set_result(answer) if good else future.set_exception(answer)
+
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(settle)
+
+    def _dead(self) -> RunError:
+        self._process.join(1)
+        return RunError(
+            f"the engine's process ended (exit code {self._process.exitcode}). Resume the run from its last checkpoint."
+        )
+
+    def _kill(self) -> None:
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(5)
+
+
+def _shared() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+def _write(weights: Full, folder: Path) -> None:
+    """Whole weights into numbered files of about SHARD_BYTES, in the order they come."""
+    part: dict[str, Tensor] = {}
+    size = count = 0
+    for name, tensor in weights.tensors:
+        part[name] = tensor.detach().cpu().contiguous()
+        size += tensor.numel() * tensor.element_size()
+        if size >= SHARD_BYTES:
+            save_file(part, folder / f"{count:05d}.safetensors")
+            part, size, count = {}, 0, count + 1
+    if part:
+        save_file(part, folder / f"{count:05d}.safetensors")
+
+
+def _serve(pipe: Connection, make: Callable[[], Engine], log: Path | None) -> None:
+    """The other side: build the engine, answer calls until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides when the engine ends
+    if log is not None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+    try:
+        engine = make()
+    except (RunError, InputError) as error:
+        pipe.send(("failed", error))
+        return
+    except Exception as error:  # whatever it is, the driver has to hear it
+        pipe.send(("failed", RunError(f"the engine did not start: {type(error).__name__}: {error}")))
+        return
+    pipe.send(("ready", None))
+    asyncio.run(_answer(pipe, engine))
+
+
+async def _answer(pipe: Connection, engine: Engine) -> None:
+    loop = asyncio.get_running_loop()
+    tasks: dict[int, asyncio.Task[None]] = {}
+    done = asyncio.Event()
+
+    async def answer(number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            reply = (number, True, await _run(engine, method, arguments))
+        except asyncio.CancelledError:
+            return
+        except (RunError, InputError) as error:
+            reply = (number, False, type(error)(str(error)))
+        except Exception as error:  # it must reach the driver, not this process's log only
+            reply = (number, False, RunError(f"the engine failed: {type(error).__name__}: {error}"))
+        finally:
+            tasks.pop(number, None)
+        with contextlib.suppress(OSError):
+            pipe.send(reply)
+        if method == "close":
+            done.set()
+
+    def read() -> None:
+        try:
+            while pipe.poll():
+                number, method, arguments = pipe.recv()
+                if method == "cancel":
+                    if number in tasks:
+                        tasks[number].cancel()
+                    continue
+                tasks[number] = loop.create_task(answer(number, method, arguments))
+        except (EOFError, OSError):
+            loop.remove_reader(pipe.fileno())
+            done.set()
+
+    loop.add_reader(pipe.fileno(), read)
+    await done.wait()
+
+
+async def _run(engine: Engine, method: str, arguments: tuple[Any, ...]) -> Any:
+    if method == "load_files":
+        folder, version = arguments
+        files = sorted(Path(folder).glob("*.safetensors"))
+        return await engine.load_weights(Full(pair for file in files for pair in load_file(file).items()), version)
+    answer = await getattr(engine, method)(*arguments)
+    return {name: value.numpy() for name, value in answer.items()} if method == "read_back" else answer
+
+
+def in_worker(make: Callable[..., Engine], log: Path | None = None, **settings: Any) -> WorkerEngine:
+    """Build `make(**settings)` in a process of its own."""
+    return WorkerEngine(partial(make, **settings), log=log)

@@ -1,0 +1,58 @@
+"""Held-out tasks on the same engine: greedy accuracy, and pass@k from samples at the run's temperature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rlft.rollout import Player, derive_seed, rollout
+from rlft.types import Group, Reward, Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """component: the reward component that equals 1 where the answer is correct. samples: k of pass@k, 1 for none."""
+
+    player: Player
+    reward: Reward
+    tasks: Sequence[Task]
+    component: str
+    samples: int
+    seed: int
+
+    async def __call__(self, step: int) -> tuple[dict[str, float], list[Group]]:
+        """Metrics under `eval/`, and the greedy groups of one. A task without a verdict counts as not correct."""
+        greedy = replace(self.player, sampling=replace(self.player.sampling, temperature=0.0, seed=0))
+        groups, clock = await rollout(greedy, self.reward, self.tasks, 1, self.seed)
+        metrics = summary([t for group in groups for t in group], self.component)
+        seconds = clock.generate + clock.reward
+        if self.samples > 1:
+            drawn, clock = await rollout(
+                self.player, self.reward, self.tasks, self.samples, derive_seed(self.seed, "pass", step)
+            )
+            solved = [any(t.metrics.get(f"reward/{self.component}") == 1 for t in group) for group in drawn]
+            metrics[f"eval/pass@{self.samples}"] = sum(solved) / len(solved)
+            seconds += clock.generate + clock.reward
+        await self.player.engine.forget()
+        return metrics | {"time/eval": seconds}, groups
+
+
+def summary(trajectories: list, component: str) -> dict[str, float]:
+    """Accuracy, mean score and components of greedy answers."""
+    n = len(trajectories)
+    correct = sum(t.metrics.get(f"reward/{component}") == 1 for t in trajectories)
+    scores = [t.total for t in trajectories if t.total is not None]
+    metrics = {
+        "eval/accuracy": correct / n,
+        "eval/tasks": float(n),
+        "eval/reward": sum(scores) / len(scores) if scores else math.nan,
+        "eval/missing": sum(t.total is None for t in trajectories) / n,
+        "eval/tokens_mean": sum(t.length for t in trajectories) / n,
+        "eval/truncated": sum(t.finish == "length" for t in trajectories) / n,
+    }
+    for name in sorted({key for t in trajectories for key in t.metrics if key.startswith("reward/")}):
+        values = [t.metrics[name] for t in trajectories if name in t.metrics]
+        metrics[f"eval/{name.removeprefix('reward/')}"] = sum(values) / len(values)
+    metrics["eval/missing"] = sum(t.total is None for t in trajectories) / n
+    return metrics

@@ -1,0 +1,117 @@
+"""What happens around the steps of a run: records, evaluation, checkpoints, and the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlft.build import Parts
+from rlft.checkpoint import Checkpoints
+from rlft.terminal import Terminal
+from rlft.track import Record, summary
+from rlft.types import Group
+
+
+class Around:
+    """The hooks of `train`. Evaluation and checkpoints are timed apart; `time/step` leaves them out."""
+
+    def __init__(self, parts: Parts, record: Record, checkpoints: Checkpoints, terminal: Terminal) -> None:
+        self._parts = parts
+        self._config = parts.material.config
+        self._record = record
+        self._checkpoints = checkpoints
+        self._terminal = terminal
+        self.first: list[Group] = []
+        self.last: list[Group] = []
+        self._accuracies: list[tuple[int, float]] = []
+        self._saved = -1
+
+    async def before(self, start: int) -> None:
+        """See `Hooks.before`: the evaluation before training is the row of step 0."""
+        self._saved = start if start else -1
+        if self._parts.evaluation is not None:
+            metrics = await self._evaluate(start)
+            self.first = self.last
+            if start == 0:
+                self._record.metrics(0, {k: v for k, v in metrics.items() if k.startswith("eval/")})
+        self._terminal.begin(start, self._config.steps)
+
+    async def after(self, step: int, groups: list[Group], chosen: list[Group], metrics: dict[str, float]) -> None:
+        """See `Hooks.after`."""
+        begun = time.perf_counter()
+        self._note_advantages(chosen)
+        row = summary(groups) | metrics
+        self._record.trajectories("rollouts", step, groups)
+        last = step == self._config.steps
+        improved = False
+        beside = 0.0
+        if self._due(self._config.eval.every, step) or last:
+            begun_eval = time.perf_counter()
+            row |= await self._evaluate(step)
+            improved = self._checkpoints.improved(step, row.get("eval/accuracy"))
+            beside += time.perf_counter() - begun_eval
+        if self._due(self._config.checkpoint.every, step) or last or improved:
+            row["time/checkpoint"] = self._save(step)
+            beside += row["time/checkpoint"]
+        row["time/step"] += time.perf_counter() - begun - beside
+        self._record.metrics(step, row)
+        self._terminal.step(step, row)
+        if self._due(self._config.show.every, step):
+            self._terminal.samples(step, groups, self._config.show.samples)
+
+    async def finish(self, step: int, stopped: bool) -> None:
+        """See `Hooks.finish`: what was learned is kept, and the user is told how to go on."""
+        if step > 0 and step != self._saved and step not in self._checkpoints.steps():
+            self._save(step)
+        self._terminal.end()
+        if stopped:
+            self._terminal.stopped(step, self._config.steps, self._record.folder)
+            return
+        if self._accuracies:
+            self._terminal.report(self._accuracies, self.first, self.last)
+        self._terminal.done(step, self._record.folder)
+
+    async def _evaluate(self, step: int) -> dict[str, float]:
+        evaluation = self._parts.evaluation
+        if evaluation is None:
+            return {}
+        with self._terminal.busy(f"evaluating {len(evaluation.tasks)} held-out tasks"):
+            synced = await self._parts.serve(step)
+            metrics, self.last = await evaluation(step)
+        self._record.trajectories("eval", step, self.last)
+        self._accuracies.append((step, metrics["eval/accuracy"]))
+        self._terminal.evaluated(step, metrics)
+        return synced | metrics
+
+    def _save(self, step: int) -> float:
+        begun = time.perf_counter()
+        self._checkpoints.save(step, self._parts.learner, self._parts.source)
+        self._saved = step
+        return time.perf_counter() - begun
+
+    def _note_advantages(self, chosen: Sequence[Group]) -> None:
+        """Each trained trajectory's mean advantage, for the record."""
+        batch = self._parts.learner.credited
+        if batch is None:
+            return
+        scored = [t for group in chosen for t in group if t.total is not None]
+        for row, index in enumerate(batch.trajectory.tolist()):
+            mask = batch.mask[row]
+            if mask.any():
+                scored[index].metrics["advantage/mean"] = float(batch.advantages[row][mask].mean())
+
+    @staticmethod
+    def _due(every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+
+def run_folder(out: str | None, name: str) -> Path:
+    """The folder of a new run: `out`, else runs/<name>; one that ends in -N takes the next free number."""
+    text = out or f"runs/{name}"
+    if not text.endswith("-N"):
+        return Path(text)
+    number = 1
+    while (folder := Path(f"{text[:-1]}{number}")).exists():
+        number += 1
+    return folder

@@ -1,0 +1,254 @@
+"""The learner: knows the model, no algorithm. It fills the batch fields an algorithm needs and takes optimizer steps.
+
+A batch is credited, cut into `epochs` x `minibatches` optimizer steps, weighed, and only then cut into micro-batches
+by a budget of tokens, so that the gradients do not depend on how it was cut. Rows that cannot move the weights (no
+advantage, and no term that acts without one) are dropped before the forward pass; they stay in the denominator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import get_scheduler
+
+from rlft.algorithms.base import Algorithm, Metrics, Need, Outputs, mean, merge, peak
+from rlft.batch import Batch
+from rlft.policy import Policy
+from rlft.types import RunError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learner steps. micro_tokens: padded tokens per forward pass. steps: of the run, for the scheduler."""
+
+    lr: float
+    steps: int
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    scheduler: str = "constant"
+    warmup_steps: int = 0
+    epochs: int = 1
+    minibatches: int = 1
+    micro_tokens: int = 4096
+    max_grad_norm: float = 1.0
+
+
+class Learner:
+    """Takes optimizer steps on a policy. temperature: what the rollouts were sampled at; logits are divided by it."""
+
+    def __init__(self, policy: Policy, schedule: Schedule, temperature: float = 1.0, seed: int = 0) -> None:
+        self.policy = policy
+        self.schedule = schedule
+        self._temperature = temperature
+        self._named = list(policy.trainable())
+        self._parameters = [p for _, p in self._named]
+        self.optimizer = _optimizer(self._parameters, schedule)
+        total = schedule.steps * schedule.epochs * schedule.minibatches
+        self.scheduler = get_scheduler(schedule.scheduler, self.optimizer, schedule.warmup_steps, max(total, 1))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.credited: Batch | None = None  # the last update's batch with its advantages, for the record
+
+    @property
+    def names(self) -> list[str]:
+        """The trained parameters' names in the optimizer's order."""
+        return [name for name, _ in self._named]
+
+    def weights(self) -> Policy:
+        """What a sync reads the new weights from."""
+        return self.policy
+
+    def fill(self, batch: Batch, needs: tuple[Need, ...]) -> Batch:
+        """The batch with the fields in `needs`, by forward passes without gradients.
+
+        When the batch is one optimizer step and somebody sampled it, the rollout's log-probs stand for the old ones.
+        """
+        single = self.schedule.epochs * self.schedule.minibatches == 1
+        if "old_logprobs" in needs:
+            sampled = bool(torch.isfinite(batch.logprobs[batch.mask]).all())
+            old = batch.logprobs if single and sampled else self.logprobs(batch)
+            batch = batch.with_(old_logprobs=old)
+        if "ref_logprobs" in needs:
+            batch = batch.with_(ref_logprobs=self.logprobs(batch, reference=True))
+        return batch
+
+    def update(self, batch: Batch, algorithm: Algorithm) -> dict[str, float]:
+        """One pass over the batch: credit, weigh, and every optimizer step. Returns what to log."""
+        self.credited = None
+        if not len(batch) or not batch.mask.any():
+            rate = self.scheduler.get_last_lr()[0]
+            self._step_schedule(self.schedule.epochs * self.schedule.minibatches)
+            return {"tokens/trained": 0.0, "learner/lr": rate}
+        batch = self.credited = algorithm.credit(self.fill(batch, algorithm.needs))
+        losses, norms, parts, trained, rate = [], [], [], 0, 0.0
+        first = True
+        for step in self._cut(batch, algorithm.unit):
+            loss, metrics, tokens = self._accumulate(algorithm.weigh(step), algorithm, parity=first)
+            rate = self.scheduler.get_last_lr()[0]
+            norms.append(self._optimize(loss))
+            losses.append(loss)
+            parts += metrics
+            trained += tokens
+            first = False
+        self._step_schedule(self.schedule.epochs * self.schedule.minibatches - len(norms))
+        return {
+            "loss/total": sum(losses) / len(losses),
+            "loss/grad_norm": sum(norms) / len(norms),
+            "tokens/trained": float(trained),
+            "learner/lr": rate,
+            "advantage/zero_groups": _zero_groups(batch),
+            **{name: stat.value for name, stat in merge(parts).items()},
+        }
+
+    def gradients(self, batch: Batch, algorithm: Algorithm) -> dict[str, Tensor]:
+        """The gradient of the whole batch as one optimizer step, which is not taken."""
+        batch = algorithm.weigh(algorithm.credit(self.fill(batch, algorithm.needs)))
+        self._accumulate(batch, algorithm, parity=False)
+        found = {name: p.grad.clone() for name, p in self._named if p.grad is not None}
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, reference: bool = False) -> Float[Tensor, "b t"]:
+        """Log-probs of the chosen tokens under the policy or its reference; NaN elsewhere."""
+        filled = torch.full_like(batch.logprobs, torch.nan)
+        with self.policy.reference() if reference else nullcontext(self.policy.model) as model:
+            model.eval()
+            for rows in self._micro(batch, unit=1):
+                part = batch.rows(rows)
+                out = self.forward(part.to(self.policy.device), model=model)
+                place = batch.mask[rows].nonzero(as_tuple=True)
+                filled[rows[place[0]], place[1]] = out.logprobs.to(filled)[part.mask]
+        return filled
+
+    def forward(self, batch: Batch, model: Any = None) -> Outputs:
+        """Log-probs at the sampling temperature, in at least float32, aligned with tokens. The one shift is here.
+
+        Logits are made only for columns in which some row has a chosen token next.
+        """
+        columns = batch.mask[:, 1:].any(0).nonzero().flatten()
+        positions = (batch.valid.long().cumsum(1) - 1).clamp(min=0)
+        logits = (model or self.policy.model)(
+            input_ids=batch.tokens,
+            attention_mask=batch.valid.long(),
+            position_ids=positions,
+            logits_to_keep=columns,
+            use_cache=False,
+        ).logits
+        chosen = batch.mask[:, columns + 1]
+        picked = logits[chosen]
+        picked = picked.to(torch.promote_types(picked.dtype, torch.float32)) / self._temperature
+        distribution = picked.log_softmax(-1)
+        logprobs = distribution.gather(-1, batch.tokens[:, columns + 1][chosen][:, None]).squeeze(-1)
+        with torch.no_grad():
+            entropy = -(distribution.exp() * distribution).sum(-1)
+        empty = torch.zeros(batch.tokens.shape, dtype=logprobs.dtype, device=logprobs.device)
+        return Outputs(empty.masked_scatter(batch.mask, logprobs), empty.masked_scatter(batch.mask, entropy))
+
+    def _cut(self, batch: Batch, unit: int) -> Iterator[Batch]:
+        """The optimizer steps of a batch: whole in order when there is one a pass, else shuffled anew every epoch."""
+        count = self.schedule.minibatches
+        for _ in range(self.schedule.epochs):
+            if count == 1:
+                yield batch
+                continue
+            units = torch.randperm(len(batch) // unit, generator=self.generator)
+            for part in units.tensor_split(count):
+                if len(part):
+                    yield batch.rows((part[:, None] * unit + torch.arange(unit)).flatten().sort().values)
+
+    def _micro(self, batch: Batch, unit: int) -> Iterator[Tensor]:
+        """Row numbers of micro-batches of at most `micro_tokens` padded tokens; rows of like length together."""
+        units = torch.arange(len(batch)).view(-1, unit)
+        longest = batch.lengths[units].max(1).values
+        part: list[Tensor] = []
+        width = 0
+        for i in longest.argsort(descending=True, stable=True).tolist():
+            width = width or int(longest[i])
+            if part and (len(part) + 1) * unit * width > self.schedule.micro_tokens:
+                yield torch.cat(part)
+                part, width = [], int(longest[i])
+            part.append(units[i])
+        if part:
+            yield torch.cat(part)
+
+    def _accumulate(self, batch: Batch, algorithm: Algorithm, parity: bool) -> tuple[float, list[Metrics], int]:
+        """Add up the gradient of one optimizer step over its micro-batches."""
+        kept = batch if algorithm.dense else batch.rows(_moves(batch, algorithm.unit))
+        self.policy.model.train()
+        total, parts, trained = 0.0, [], 0
+        for rows in self._micro(kept, algorithm.unit):
+            part = kept.rows(rows).to(self.policy.device)
+            if not part.mask.any():
+                continue
+            outputs = self.forward(part)
+            loss, metrics = algorithm.loss(outputs, part)
+            loss.backward()
+            total += float(loss.detach())
+            parts.append({**metrics, **(_parity(outputs, part) if parity else {})})
+            trained += int(part.mask.sum())
+        return total, parts, trained
+
+    def _optimize(self, loss: float) -> float:
+        """Clip, step, and refuse to go on from a gradient that is not finite. Returns the norm before clipping."""
+        grads = [p for p in self._parameters if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(grads, self.schedule.max_grad_norm or math.inf)) if grads else 0.0
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise RunError(
+                f"the loss is {loss} and the gradient's norm {norm}: nothing was updated. "
+                "Lower learner.lr, or resume from the last checkpoint with another setting."
+            )
+        if grads:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._step_schedule(1)
+        return norm
+
+    def _step_schedule(self, times: int) -> None:
+        import warnings
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch warns when a step without data had no optimizer.step
+            for _ in range(times):
+                self.scheduler.step()
+
+
+def _optimizer(parameters: list[torch.nn.Parameter], schedule: Schedule) -> torch.optim.Optimizer:
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=schedule.lr, betas=schedule.betas, weight_decay=schedule.weight_decay, foreach=True
+        )
+    if schedule.optimizer == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    return torch.optim.SGD(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
+
+
+def _moves(batch: Batch, unit: int) -> Tensor:
+    """The rows whose weighted advantage is not zero everywhere, a unit kept whole."""
+    share = torch.where(batch.mask, batch.advantages * batch.weights, 0.0)
+    moving = (share != 0).any(1).view(-1, unit).any(1)
+    return moving.repeat_interleave(unit).nonzero().flatten()
+
+
+def _parity(outputs: Outputs, batch: Batch) -> Metrics:
+    """How far the learner's log-probs are from the rollout's, before the first step on them."""
+    known = batch.mask & torch.isfinite(batch.logprobs)
+    if not known.any():
+        return {}
+    gap = (outputs.logprobs.detach() - batch.logprobs).abs()
+    return {"parity/logprob_max": peak(gap, known), "parity/logprob_mean": mean(gap, known)}
+
+
+def _zero_groups(batch: Batch) -> float:
+    """The share of groups whose advantages are all zero: nothing can be learned from them."""
+    moved = torch.where(batch.mask, batch.advantages, 0.0).ne(0).any(1)
+    groups = batch.group.unique()
+    return float(sum(not bool(moved[batch.group == g].any()) for g in groups)) / len(groups)

@@ -1,0 +1,119 @@
+"""One training session: open the run's folder, build, train until the end or Ctrl-C, close everything."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rlft import checkpoint, settings
+from rlft.build import Material, Parts, assemble, material
+from rlft.checkpoint import Checkpoints
+from rlft.config import Config
+from rlft.hooks import Around, run_folder
+from rlft.terminal import Terminal
+from rlft.track import Record, trackers
+from rlft.trainer import Run, train
+from rlft.types import InputError
+
+STOPPED = 130
+
+
+def begin(config: Config, terminal: Terminal) -> int:
+    """Train from the start in a new folder. Returns the exit code."""
+    stuff = material(config)
+    folder = run_folder(config.out, config.name)
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(
+            f"out: {folder} already holds a run. Go on with it: rlft resume {folder}; or choose another: out=..."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, config)
+    return asyncio.run(_session(stuff, folder, None, terminal))
+
+
+def resume(folder: Path, overrides: list[str], terminal: Terminal) -> int:
+    """Go on from the newest checkpoint, or from the start where there is none yet."""
+    config = of_run(folder, overrides)
+    newest = Checkpoints(folder / "checkpoints", config.checkpoint.keep).latest()
+    if newest is not None and newest >= config.steps:
+        terminal.say(f"{folder} is finished: step {newest} of {config.steps}. Train longer with steps=...")
+        return 0
+    stuff = material(config)
+    if overrides:
+        write_config(folder, config)
+    return asyncio.run(_session(stuff, folder, newest, terminal))
+
+
+def of_run(folder: Path, overrides: list[str] | None = None) -> Config:
+    """The config of a run. Raises InputError where the folder is not one."""
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder} is not a run: there is no config.yaml in it")
+    return settings.load(folder / "config.yaml", overrides or [])
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """The resolved config, whole or not at all."""
+    scratch = folder / ".config.yaml.writing"
+    try:
+        scratch.write_text(settings.dump(config))
+        os.replace(scratch, folder / "config.yaml")
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+async def _session(stuff: Material, folder: Path, newest: int | None, terminal: Terminal) -> int:
+    config = stuff.config
+    kept = trackers(config.track, config.name, folder, config.model_dump(mode="json"))
+    record = Record(folder, kept)
+    parts: Parts | None = None
+    try:
+        with terminal.busy("loading the policy and starting the engine"):
+            parts = assemble(stuff, folder / "engine.log")
+        checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+        start = 0
+        if newest is not None:
+            start = checkpoint.restore(checkpoints.path(newest), parts.learner, parts.source)
+            terminal.say(f"resuming {folder} after step {start}")
+        around = Around(parts, record, checkpoints, terminal)
+        run = Run(config.steps, parts.source, stuff.algorithm, parts.learner, _sync(parts), around)
+        with _interruptible(run.stop, terminal):
+            await train(run, start)
+        return STOPPED if run.stopping else 0
+    finally:
+        terminal.end()
+        record.close()
+        if parts is not None:
+            await parts.close()
+
+
+def _sync(parts: Parts) -> Callable:
+    """Every step where the next one samples from it; else only when something is evaluated."""
+
+    async def nothing(version: int) -> dict[str, float]:
+        return {}
+
+    return parts.serve if parts.source.online else nothing
+
+
+@contextmanager
+def _interruptible(stop: Callable[[], None], terminal: Terminal) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM) ends after the current step, the second at once."""
+    loop = asyncio.get_running_loop()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        terminal.say("stopping: the step in hand is finished and kept; Ctrl-C again stops at once")
+        loop.call_soon_threadsafe(stop)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

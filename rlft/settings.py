@@ -1,0 +1,144 @@
+"""From a YAML file and `key=value` overrides to a validated Config, with errors that a newcomer can act on.
+
+A message names the key, the reason and the nearest valid name. Relative paths resolve against the config's folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from rlft.config import Config
+from rlft.types import InputError
+
+PATHS = ("model.path", "model.chat_template", "data.train", "data.eval", "data.train.path", "data.eval.path", "adapter.path")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in `path` with `overrides` applied. Raises InputError."""
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise InputError(f"{path}: there is no such config file{hint}")
+    try:
+        read = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: this is not readable as YAML: {error}") from error
+    if not isinstance(read, dict):
+        raise InputError(f"{path}: a config is a mapping of keys to values, this is {type(read).__name__}")
+    plain: dict[str, Any] = {str(key): value for key, value in read.items()}
+    for override in overrides:
+        plain = _override(plain, override)
+    _anchor(plain, path.resolve().parent)
+    return validate(plain)
+
+
+def validate(plain: Mapping[str, Any]) -> Config:
+    """The Config that a mapping describes. Raises InputError with one line per mistake."""
+    try:
+        return Config.model_validate(plain)
+    except ValidationError as error:
+        raise InputError("\n".join(dict.fromkeys(_explain(e, plain) for e in error.errors()))) from error
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML, defaults filled in; `load` of it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _override(plain: dict[str, Any], text: str) -> dict[str, Any]:
+    """Apply one key=value. Changing the `type` of a block drops what the old type had set."""
+    key, equals, _ = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"{text!r}: an override has the form key=value, such as learner.lr=1e-5")
+    try:
+        change = OmegaConf.from_dotlist([text])
+        *path, leaf = key.strip().split(".")
+        if leaf == "type":
+            block = OmegaConf.select(OmegaConf.create(plain), ".".join(path))
+            if block is not None and block.get("type") != OmegaConf.select(change, key.strip()):
+                parent = plain
+                for part in path[:-1]:
+                    parent = parent[part]
+                parent[path[-1]] = {}
+        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(plain), change), resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{text!r}: this override does not fit the config: {error}") from error
+    assert isinstance(merged, dict)
+    return {str(k): v for k, v in merged.items()}
+
+
+def _anchor(plain: dict[str, Any], folder: Path) -> None:
+    """Make relative paths of files that stand beside the config absolute."""
+    for dotted in PATHS:
+        *path, leaf = dotted.split(".")
+        block: Any = plain
+        for part in path:
+            block = block.get(part) if isinstance(block, dict) else None
+        value = block.get(leaf) if isinstance(block, dict) else None
+        if isinstance(value, str) and (folder / value).exists():
+            block[leaf] = str((folder / value).resolve())
+
+
+def _explain(error: Any, plain: Mapping[str, Any]) -> str:
+    """One pydantic error as "key: reason; did you mean ...?"."""
+    key = ".".join(_path(error["loc"], plain))
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _fields(error["loc"][:-1])
+        return f"{key}: there is no such key{_nearest(str(error['loc'][-1]), known)}"
+    if kind == "union_tag_invalid":
+        known = [name.strip().strip("'") for name in context["expected_tags"].split(",")]
+        return f"{key}.type: there is no {key} {context['tag']!r}{_nearest(context['tag'], known)}"
+    if kind == "union_tag_not_found":
+        return f"{key}.type: say which {key} it is"
+    if kind == "missing":
+        return f"{key}: it is required and missing"
+    message = str(context.get("error") or error["msg"])
+    if not key or message.partition(":")[0].partition(".")[0] in Config.model_fields:
+        return message
+    given = error.get("input")
+    shown = f" (it is {given!r})" if isinstance(given, str | int | float | bool) and kind != "value_error" else ""
+    return f"{key}: {message}{shown}"
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    listed = ", ".join(known)
+    return f"; did you mean {near[0]!r}? It is one of: {listed}" if near else f"; it is one of: {listed}"
+
+
+def _path(loc: Sequence[Any], plain: Any) -> Iterator[str]:
+    """The location without the union tags that pydantic puts in."""
+    for i, part in enumerate(loc):
+        tag = isinstance(plain, Mapping) and part not in plain and (plain.get("type") == part or part in ("file",))
+        if tag and i:
+            continue
+        yield str(part)
+        if isinstance(plain, Mapping):
+            plain = plain.get(part)
+        elif isinstance(plain, list | tuple) and isinstance(part, int) and part < len(plain):
+            plain = plain[part]
+
+
+def _fields(loc: Sequence[Any]) -> list[str]:
+    """The keys of the block at a location."""
+    kinds: list[type[BaseModel]] = [Config]
+    for part in loc:
+        below = [m for k in kinds if str(part) in k.model_fields for m in _models(k.model_fields[str(part)].annotation)]
+        tagged = [k for k in kinds if "type" in k.model_fields and k.model_fields["type"].default == part]
+        kinds = below or tagged or kinds
+    return sorted({name for kind in kinds for name in kind.model_fields})
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]

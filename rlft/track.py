@@ -1,0 +1,171 @@
+"""What a run leaves to be read: metrics.jsonl, trajectories in Parquet, and any tracker that accelerate knows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlft.types import Group, InputError
+
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("group", pa.int64()),
+        ("trajectory", pa.int64()),
+        ("sample", pa.int64()),
+        ("task_id", pa.string()),
+        ("prompt", pa.string()),
+        ("completion", pa.string()),
+        ("tokens", pa.list_(pa.int32())),
+        ("mask", pa.list_(pa.bool_())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("rewards", pa.map_(pa.string(), pa.float64())),
+        ("score", pa.float64()),
+        ("advantage", pa.float64()),
+        ("finish", pa.string()),
+        ("version", pa.int64()),
+    ]
+)
+
+
+def summary(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards and lengths of a step's trajectories; a component is averaged over those that have it."""
+    trajectories = [t for group in groups for t in group]
+    scores = [t.total for t in trajectories if t.total is not None]
+    n = max(len(trajectories), 1)
+    mean = sum(scores) / len(scores) if scores else math.nan
+    spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores)) if scores else math.nan
+    metrics = {"reward/mean": mean, "reward/std": spread, "reward/missing": (n - len(scores)) / n}
+    for name in sorted({key for t in trajectories for key in t.metrics} - {"reward/missing"}):
+        values = [t.metrics[name] for t in trajectories if name in t.metrics]
+        metrics[name] = sum(values) / len(values)
+    metrics["completion/tokens_mean"] = sum(t.length for t in trajectories) / n
+    metrics["completion/truncated"] = sum(t.finish == "length" for t in trajectories) / n
+    return metrics
+
+
+class Record:
+    """Writes into a run's folder: whole lines, whole files."""
+
+    def __init__(self, folder: Path, trackers: Sequence[Any] = ()) -> None:
+        self.folder = folder
+        self._trackers = trackers
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl. A line that cannot be written whole is not written."""
+        row = {"step": step} | {k: (v if math.isfinite(v) else None) for k, v in values.items()}
+        append_line(self.folder / "metrics.jsonl", json.dumps(row))
+        for tracker in self._trackers:
+            tracker.log({k: v for k, v in values.items() if math.isfinite(v)}, step=step)
+
+    def trajectories(self, kind: str, step: int, groups: Sequence[Group]) -> None:
+        """`<kind>/step-n.parquet`, one row per sample."""
+        rows = [row for g, group in enumerate(groups) for row in _rows(step, g, group)]
+        path = self.folder / kind / f"step-{step:06d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        scratch = path.with_suffix(f".writing-{os.getpid()}")
+        try:
+            pq.write_table(pa.Table.from_pylist(rows, SCHEMA), scratch)
+            os.replace(scratch, path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+
+    def close(self) -> None:
+        """Let the trackers finish."""
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a whole line or nothing."""
+    data = line.encode() + b"\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            written = os.write(descriptor, data)
+            if written != len(data):
+                raise OSError(28, "No space left on device", str(path))
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def trackers(names: Sequence[str], project: str, folder: Path, config: dict[str, Any]) -> list[Any]:
+    """accelerate's trackers by name; wandb without a login runs offline. Raises InputError for a missing package."""
+    if not names:
+        return []
+    import accelerate
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.utils import LoggerType
+
+    accelerate.PartialState()  # the trackers ask it whether this is the main process
+    if "wandb" in names and not os.environ.get("WANDB_MODE") and not _logged_in():
+        os.environ["WANDB_MODE"] = "offline"
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_DIR", str(folder))
+    made = []
+    for name in names:
+        kind = LOGGER_TYPE_TO_CLASS[str(LoggerType(name))]
+        try:
+            made.append(kind(project, logging_dir=str(folder)) if kind.requires_logging_directory else kind(project))
+            made[-1].start() if hasattr(made[-1], "start") else None
+            made[-1].store_init_configuration(_flat(config))
+        except (ImportError, NameError, AttributeError) as error:
+            package = {"comet_ml": "comet"}.get(name, name)
+            raise InputError(
+                f"track: {name} is not installed ({error}). Install it: pip install 'rlft[{package}]'"
+            ) from error
+    return made
+
+
+def _logged_in() -> bool:
+    netrc = Path.home() / ".netrc"
+    return bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "wandb" in netrc.read_text(errors="ignore"))
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys with plain values, which every tracker takes."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | bool) else str(value)
+    return flat
+
+
+def _rows(step: int, g: int, group: Group) -> list[dict[str, Any]]:
+    rows = []
+    for i, trajectory in enumerate(group):
+        for j, sample in enumerate(trajectory.samples):
+            rows.append(
+                {
+                    "step": step,
+                    "group": g,
+                    "trajectory": i,
+                    "sample": j,
+                    "task_id": trajectory.task.id,
+                    "prompt": "\n".join(str(m["content"]) for m in trajectory.task.messages),
+                    "completion": trajectory.completion,
+                    "tokens": sample.tokens,
+                    "mask": sample.mask,
+                    "logprobs": sample.logprobs,
+                    "rewards": [(k[7:], v) for k, v in trajectory.metrics.items() if k.startswith("reward/")],
+                    "score": trajectory.total,
+                    "advantage": trajectory.metrics.get("advantage/mean"),
+                    "finish": trajectory.finish,
+                    "version": sample.version,
+                }
+            )
+    return rows

@@ -1,0 +1,84 @@
+"""The loop, whole, on one screen; it runs every algorithm and names none."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rlft.algorithms.base import Algorithm
+from rlft.batch import Batch
+from rlft.learner import Learner
+from rlft.source import Source
+from rlft.types import Group
+
+
+class Hooks(Protocol):
+    """What happens around a step: evaluation, checkpoints, records. Never changes what is learned."""
+
+    async def before(self, start: int) -> None:
+        """Once, before the first step."""
+        ...
+
+    async def after(self, step: int, groups: list[Group], chosen: list[Group], metrics: dict[str, float]) -> None:
+        """After each step, when the engine serves version `step`. chosen: those of `groups` that were trained on."""
+        ...
+
+    async def finish(self, step: int, stopped: bool) -> None:
+        """Once, after the last step, or after the one during which somebody asked to stop."""
+        ...
+
+
+@dataclass
+class Run:
+    """What it takes to train. sync: brings the learner's weights of a version into the engine, and proves it."""
+
+    steps: int
+    source: Source
+    algorithm: Algorithm
+    learner: Learner
+    sync: Callable[[int], Awaitable[dict[str, float]]]
+    hooks: Hooks
+    stopping: bool = False
+    _drawing: asyncio.Task[list[Group]] | None = field(default=None, repr=False)
+
+    async def draw(self) -> list[Group]:
+        """The source's next groups; empty when `stop` came while they were drawn."""
+        self._drawing = asyncio.ensure_future(self.source.next())
+        try:
+            return await self._drawing
+        except asyncio.CancelledError:
+            if not self.stopping:
+                raise
+            return []
+        finally:
+            self._drawing = None
+
+    def stop(self) -> None:
+        """End after the step that is being learned; a step that is still being sampled is not begun."""
+        self.stopping = True
+        if self._drawing is not None:
+            self._drawing.cancel()
+
+
+async def train(run: Run, start: int = 0) -> None:
+    """Steps `start + 1` to `run.steps`. Step n trains on samples of version n - 1 and makes version n."""
+    await run.sync(start)
+    await run.hooks.before(start)
+    step = start
+    while step < run.steps and not run.stopping:
+        begun = time.perf_counter()
+        groups = await run.draw()
+        if run.stopping:
+            break
+        step += 1
+        drawn = time.perf_counter()
+        chosen = run.algorithm.select(groups)
+        metrics = {**run.source.metrics, **run.learner.update(Batch.of(chosen), run.algorithm)}
+        metrics["time/learn"] = time.perf_counter() - drawn
+        metrics |= await run.sync(step)
+        metrics["time/step"] = time.perf_counter() - begun
+        await run.hooks.after(step, groups, chosen, metrics)
+    await run.hooks.finish(step, run.stopping)

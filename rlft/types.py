@@ -1,0 +1,145 @@
+"""The data that flows through the loop: tasks, samples, trajectories, groups. Standard library only.
+
+One way only: prompts -> rollout -> rewards -> advantages -> loss -> optimizer step -> weight sync. A task is played
+into trajectories; the trajectories of one task form a group; a reward judges a group at once, so that it may compare.
+A preference pair is a group of two with scores 1 and 0, a demonstration a group of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+Message = Mapping[str, Any]  # {"role": "user" | "assistant" | "system" | "tool", "content": str, ...}
+NAN = math.nan
+
+
+class InputError(Exception):
+    """What the user gave is wrong: a config key, a file, a row. The message names it, the reason and the fix."""
+
+
+class RunError(Exception):
+    """The run cannot go on: a proof failed, a reward raised, a disk is full. The message says what to do next."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to do: the prompt as chat messages, and what its grader needs.
+
+    `id` names the row it came from; `info` holds every other column of that row (`answer`, ...).
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Sample:
+    """One token sequence that the learner can train on. All five lists but `version` have the length of `tokens`.
+
+    mask: True where the policy chose the token. logprobs: of the policy that sampled it, at the sampling
+    temperature; NaN where nobody sampled. rewards: the environment's, at the last token of the turn that earned it.
+    version: of the weights that sampled it; -1 in recorded data.
+    """
+
+    tokens: list[int]
+    mask: list[bool]
+    logprobs: list[float]
+    rewards: list[float]
+    version: int
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.tokens), len(self.mask), len(self.logprobs), len(self.rewards)}
+        if len(lengths) != 1:
+            raise ValueError(f"tokens, mask, logprobs and rewards of a sample differ in length: {sorted(lengths)}")
+
+
+@dataclass
+class Trajectory:
+    """What one play of a task left behind.
+
+    messages: the whole conversation, the prompt's first. samples: usually one; several where the environment
+    rewrote the history. score: the reward's verdict, None while there is none. metrics: numbers to log; a reward's
+    components stand here as `reward/<component>`. finish: the engine's own reason ("stop", "length"), never guessed.
+    """
+
+    task: Task
+    messages: tuple[Message, ...]
+    samples: list[Sample]
+    score: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    finish: str = "stop"
+
+    @property
+    def completion(self) -> str:
+        """The text of the last assistant message; empty if there is none."""
+        for message in reversed(self.messages):
+            if message["role"] == "assistant":
+                return str(message["content"])
+        return ""
+
+    @property
+    def length(self) -> int:
+        """How many tokens the policy chose."""
+        return sum(sum(sample.mask) for sample in self.samples)
+
+    @property
+    def total(self) -> float | None:
+        """The score plus what the environment paid on the way; None while there is no score."""
+        if self.score is None:
+            return None
+        return self.score + sum(sum(sample.rewards) for sample in self.samples)
+
+
+Group = tuple[Trajectory, ...]
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Judges the trajectories of one task. None means "no score", which is not zero: the trajectory is not trained on.
+
+    A reward that raises stops the run with its message; a crash is never counted as a zero. Components are
+    written to `trajectory.metrics["reward/<name>"]`.
+    """
+
+    async def __call__(self, group: Group) -> Sequence[float | None]: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 is greedy. seed fixes this one request."""
+
+    temperature: float = 1.0
+    max_tokens: int = 128
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine returns for one prompt; tokens include the end-of-turn token when the policy chose one.
+
+    logprobs: of each token under the distribution it was drawn from. finish: "stop" or "length".
+    version: of the weights that drew all of it.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    finish: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The environment's reply: new messages to show the policy, the reward of its last move, whether it is over."""
+
+    messages: tuple[Message, ...] = ()
+    reward: float = 0.0
+    done: bool = True
+    rewrite: bool = False

@@ -1,0 +1,45 @@
+"""What docs/rewards.md shows must work, and what it lists must be what there is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlft.rewards.catalog import types
+
+PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+SUM, OWN = (yaml.safe_load(block)["reward"] for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.S))
+(CODE,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+
+
+def test_the_first_example_gives_the_score_it_says(play, judge):
+    right, wrong = play("12", chosen=2, answer="12"), play("13", chosen=2, answer="12")
+    assert judge(SUM, right, wrong) == [pytest.approx(1.5), pytest.approx(0.5)]
+
+
+def test_the_own_rewards_work(play, judge, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    long, short = play("12. Thank you!", chosen=5, answer="12"), play("12", chosen=2, answer="12")
+    assert judge(OWN, long, short) == [pytest.approx(0.1), pytest.approx(1.1)]
+    assert [one.metrics["reward/polite"] for one in (long, short)] == [1.0, 0.0]
+    assert [one.metrics["reward/shortest"] for one in (long, short)] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("name", "config"), types().items(), ids=types())
+def test_the_table_lists_every_option_with_its_default(name, config):
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", PAGE, re.M)
+    for field, info in config.model_fields.items():
+        if field in ("type", "weight"):
+            continue
+        if info.is_required():
+            shown = f"`{field}` (required)"
+        else:
+            default = info.get_default(call_default_factory=True)
+            shown = f"`{field}: {str(default).lower() if isinstance(default, bool) else default}`"
+        assert shown in row

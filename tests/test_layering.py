@@ -1,0 +1,164 @@
+"""Who may import whom, read from the source with `ast`; and the engine room never names an algorithm.
+
+To add a module, add its line to MAY_IMPORT. A module that has none may import `types` and nothing else of rlft.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlft.algorithms import catalog
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"rlft": "rlft", "rlft.algorithms": "algorithms", "rlft.rewards": "rewards", "rlft.envs": "envs"}
+ANYTHING = "anything"
+
+# Names without the leading "rlft.". A package stands for all its modules (a package may always import itself);
+# every module may import `types` and rlft's version.
+MAY_IMPORT: dict[str, set[str]] = {
+    "types": set(),
+    "batch": set(),
+    "models": set(),
+    "chat": set(),
+    "generated": set(),
+    "data": {"chat", "generated"},
+    # what is learned, the verdicts and the worlds never see each other, nor the engine
+    "algorithms": {"batch"},
+    "rewards": set(),
+    "envs": set(),
+    # sampling
+    "engine": {"models"},
+    "rollout": {"engine", "chat", "envs.base", "rewards.base"},
+    "source": {"rollout", "data", "engine.base", "algorithms.base"},
+    "evaluate": {"rollout", "engine.base"},
+    # learning
+    "policy": {"models", "engine.base"},
+    "learner": {"policy", "batch", "algorithms.base"},
+    "sync": {"engine", "policy", "learner", "batch"},
+    # the run
+    "track": set(),
+    "checkpoint": {"learner", "source"},
+    "trainer": {"source", "learner", "algorithms.base", "batch"},
+    "config": {"algorithms.catalog", "rewards.catalog", "envs.catalog"},
+    "build": {ANYTHING},
+    "cli": {
+        *("build", "config", "models", "trainer", "evaluate", "checkpoint", "track"),
+        *("algorithms.catalog", "rewards.catalog", "envs.catalog"),
+    },
+}
+
+# Catalog names that are ordinary English besides, so that rlft/ may use them as words.
+ORDINARY_WORDS = {"custom": "says that something is the user's own"}
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Every module of the project: its full name and its file."""
+    for package, folder in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            yield ".".join([package, *parts]).removesuffix(".__init__"), path
+
+
+MODULES = dict(sources())
+
+
+def resolve(name: str) -> str:
+    """The module in which a dotted name lives: `rlft.types.Task` lives in `rlft.types`."""
+    while name not in MODULES and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Line and module of every import of rlft in the source, wherever it stands (functions, TYPE_CHECKING)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = module.split(".")
+                parents = parents[: len(parents) - node.level + is_package]
+                base = ".".join([*parents, base]).rstrip(".")
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] in ("rlft", "algorithms", "rewards", "envs"):
+                yield node.lineno, resolve(name)
+
+
+def unit(module: str) -> str:
+    """The entry of the table that a module belongs to: `rlft.engine.vllm` belongs to `engine`."""
+    return module.removeprefix("rlft").lstrip(".").split(".")[0]
+
+
+def allowed(importer: str, target: str) -> bool:
+    """Whether the table lets module `importer` import module `target`, both by full name."""
+    name = target.removeprefix("rlft").lstrip(".")
+    if name in ("", "types") or unit(importer) == unit(target):
+        return True
+    may = MAY_IMPORT.get(unit(importer), set())
+    return ANYTHING in may or any(name == entry or name.startswith(f"{entry}.") for entry in may)
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """The imports in `source`, as lines to print, that the table forbids to `module`."""
+    found = imported(ast.parse(source), module, is_package)
+    return [f"{module}:{line} imports {target}" for line, target in found if not allowed(module, target)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_table(module: str) -> None:
+    path = MODULES[module]
+    assert violations(path.read_text(), module, path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("rlft.algorithms.losses", "from rlft.engine import base"),
+        ("rlft.algorithms.losses", "import rlft.rewards.base"),
+        ("rlft.rewards.math", "from rlft.batch import Batch"),
+        ("rlft.rewards.math", "def f():\n    from ..envs import base"),
+        ("rlft.envs.single_turn", "from rlft import rollout"),
+        ("rlft.learner", "from rlft.algorithms import catalog"),
+        ("rlft.learner", "import algorithms.base"),
+        ("rlft.trainer", "from .engine.vllm import Vllm"),
+        ("rlft.types", "from rlft.batch import Batch"),
+        ("rlft.unknown", "from rlft.batch import Batch"),
+    ],
+)
+def test_a_forbidden_import_is_seen(module: str, source: str) -> None:
+    assert len(violations(source, module)) == 1
+
+
+def test_the_table_lists_no_module_that_is_gone() -> None:
+    there = {unit(module) for module in MODULES}
+    assert set(MAY_IMPORT) <= there
+
+
+def test_types_need_only_the_standard_library() -> None:
+    for node in ast.walk(ast.parse(MODULES["rlft.types"].read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert all(name.split(".")[0] in sys.stdlib_module_names for name in names)
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    tree = ast.parse(MODULES["rlft"].read_text())
+    assert not any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize("name", [name for name in catalog.names() if name not in ORDINARY_WORDS])
+def test_the_engine_room_names_no_algorithm(name: str) -> None:
+    word = re.compile(rf"(?<![a-z]){re.escape(name)}(?![a-z])", re.IGNORECASE)
+    for path in sorted((ROOT / "rlft").rglob("*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert not word.search(line), f"{path.relative_to(ROOT)}:{number} names {name}: {line.strip()}"
