@@ -36,10 +36,10 @@ class Grpo(Knobs):
     """Group relative policy optimization (Shao et al. 2024, arXiv:2402.03300)."""
 
     type: Literal["grpo"] = "grpo"
-    clip_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped below at 1 - clip_low")
-    clip_high: float = Field(0.2, gt=0, description="the ratio is clipped above at 1 + clip_high")
-    kl: float = Field(0.0, ge=0, description="coefficient of the KL to the reference; 0 costs no forward pass")
-    scale: Literal["group", "none"] = Field("group", description="divide advantages by the group's std, or not")
+    clip_low: float = Field(default=0.2, gt=0, lt=1, description="the ratio is clipped below at 1 - clip_low")
+    clip_high: float = Field(default=0.2, gt=0, description="the ratio is clipped above at 1 + clip_high")
+    kl: float = Field(default=0.0, ge=0, description="coefficient of the KL to the reference; 0 costs no forward pass")
+    scale: Literal["group", "none"] = Field(default="group", description="divide advantages by the group's std, or not")
 
     @property
     def group_size_min(self) -> int:
@@ -112,8 +112,8 @@ class Rejection(Knobs):
     """Rejection sampling: sample, keep the best, imitate them (RAFT, Dong et al. 2023, arXiv:2304.06767)."""
 
     type: Literal["rejection"] = "rejection"
-    k: int = Field(1, ge=1, description="how many of each group are kept at most")
-    at_least: float = Field(1.0, description="the lowest score that is kept")
+    k: int = Field(default=1, ge=1, description="how many of each group are kept at most")
+    at_least: float = Field(default=1.0, description="the lowest score that is kept")
 
     def build(self) -> Algorithm:
         return Algorithm(

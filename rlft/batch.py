@@ -55,7 +55,7 @@ class Batch:
                 if trajectory.total is None:
                     continue
                 if any(sample.mask[:1] == [True] for sample in trajectory.samples):
-                    raise InputError(f"task {trajectory.task.id}: the prompt is empty, and nothing predicts a first token")
+                    raise InputError(f"task {trajectory.task.id}: the prompt is empty: nothing predicts a first token")
                 cut = trajectory.finish == "length"
                 rows += [(sample, trajectory.total, cut, trajectories, g) for sample in trajectory.samples]
                 trajectories += 1

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlft import data
 from rlft.algorithms.base import Algorithm
 from rlft.chat import Chat
 from rlft.config import Config, Generated, Local, Rows, Vllm
+from rlft.data import Row, check_lengths, read, recorded
+from rlft.data import tasks as read_tasks
 from rlft.engine.base import Engine
 from rlft.engine.local import LocalEngine
 from rlft.engine.vllm import VllmEngine
 from rlft.engine.worker import in_worker
 from rlft.evaluate import Evaluation
 from rlft.generated import sums
+from rlft.kernels import keep_memory
 from rlft.learner import Learner, Schedule
 from rlft.models import locate
 from rlft.policy import Policy, device_of, dtype_of, peft_config
@@ -57,11 +59,11 @@ class Parts:
     policy: Policy
     learner: Learner
     source: Source
-    engine: Engine | None
-    sync: Sync | None
-    evaluation: Evaluation | None
     kind: str
-    served: int | None = field(default=None)
+    engine: Engine | None = None
+    sync: Sync | None = None
+    evaluation: Evaluation | None = None
+    served: int | None = None
 
     async def serve(self, version: int) -> dict[str, float]:
         """Bring version `version` into the engine, unless it is there; the sync's metrics."""
@@ -97,23 +99,23 @@ def material(config: Config) -> Material:
     groups: list[Group] = []
     columns = config.data.columns
     if config.online:
-        tasks = data.tasks(_rows(config.data.train, "train"), columns, "train")
+        tasks = read_tasks(_rows(config.data.train, "train"), columns, "train")
     else:
-        groups = data.recorded(_rows(config.data.train, "train"), columns, "train", chat)
+        groups = recorded(_rows(config.data.train, "train"), columns, "train", chat)
     held_out: list[Task] = []
     if config.data.eval is not None:
         asked = {k: v for k, v in columns.items() if k not in ("completion", "completions", "chosen", "rejected")}
-        held_out = data.tasks(_rows(config.data.eval, "test"), asked, "eval")
+        held_out = read_tasks(_rows(config.data.eval, "test"), asked, "eval")
     context = _context(config, chat, model, tasks + held_out, groups)
     return Material(config, model, chat, algorithm, tasks, held_out, groups, context)
 
 
-def assemble(stuff: Material, log: Path | None, say: Callable[[str], None] = lambda _: None) -> Parts:
-    """Load the policy, start the engine, and connect everything. log: the engine's own messages go there."""
-    config = stuff.config
-    say("loading the policy")
-    policy = Policy(
-        stuff.model,
+def make_policy(config: Config, model: Path) -> Policy:
+    """The policy before training."""
+    if device_of(config.model.device).type == "cpu":
+        keep_memory()
+    return Policy(
+        model,
         config.adapter.settings(),
         device=config.model.device,
         dtype=config.model.dtype,
@@ -121,32 +123,37 @@ def assemble(stuff: Material, log: Path | None, say: Callable[[str], None] = lam
         trust_remote_code=config.model.trust_remote_code,
         seed=config.seed,
     )
+
+
+def assemble(stuff: Material, log: Path | None) -> Parts:
+    """Load the policy, start the engine, and connect everything. log: the engine's own messages go there."""
+    config = stuff.config
+    policy = make_policy(config, stuff.model)
     kind = sync_kind(config, policy)
-    schedule = Schedule(steps=config.steps, **config.learner.model_dump())
-    learner = Learner(policy, schedule, config.rollout.sampling.temperature, config.seed)
-    sampling = Sampling(
-        config.rollout.sampling.temperature, config.rollout.sampling.max_tokens, stop=config.rollout.sampling.stop
+    draw = config.rollout.sampling
+    learner = Learner(
+        policy, Schedule(steps=config.steps, **config.learner.model_dump()), draw.temperature, config.seed
     )
+    parts = Parts(stuff, policy, learner, Recorded(stuff.groups, config.rollout.tasks_per_step, config.seed), kind)
     if not stuff.needs_engine:
-        source = Recorded(stuff.groups, config.rollout.tasks_per_step, config.seed)
-        return Parts(stuff, policy, learner, source, None, None, None, kind)
-    say("starting the engine")
-    engine = start_engine(stuff, policy, kind, log)
-    player = Player(engine, stuff.chat, config.env.build(), sampling, stuff.context)
-    reward = config.reward.build() if config.reward else None
-    if config.online:
-        assert reward is not None
-        rollout = config.rollout
-        source = Rollouts(stuff.tasks, player, reward, rollout.tasks_per_step, rollout.group_size, config.seed)
-    else:
-        source = Recorded(stuff.groups, config.rollout.tasks_per_step, config.seed)
+        return parts
+    parts.engine = engine = start_engine(stuff, policy, kind, log)
+    sampling = Sampling(draw.temperature, draw.max_tokens, stop=draw.stop)
     prompts = [stuff.chat.prompt(task.messages) for task in (stuff.tasks or stuff.held_out)[:2]]
-    sync = Sync(policy, engine, learner, "adapter" if kind == "adapter" else "merged", prompts, sampling)
-    evaluation = None
-    if stuff.held_out and reward is not None and config.reward is not None:
+    fixed = config.rollout.deterministic
+    parts.sync = Sync(policy, engine, learner, "adapter" if kind == "adapter" else "merged", prompts, sampling, fixed)
+    if config.reward is None:
+        return parts
+    reward = config.reward.build()
+    player = Player(engine, stuff.chat, config.env.build(), sampling, stuff.context)
+    if config.online:
+        rollout = config.rollout
+        parts.source = Rollouts(stuff.tasks, player, reward, rollout.tasks_per_step, rollout.group_size, config.seed)
+    if stuff.held_out:
         component = config.eval.accuracy or config.reward.components()[0]
-        evaluation = Evaluation(player, reward, stuff.held_out, component, config.eval.samples, config.seed)
-    return Parts(stuff, policy, learner, source, engine, sync, evaluation, kind)
+        samples = config.eval.samples
+        parts.evaluation = Evaluation(player, reward, stuff.held_out, component, samples, config.seed, fixed)
+    return parts
 
 
 def start_engine(stuff: Material, policy: Policy, kind: str, log: Path | None) -> Engine:
@@ -195,11 +202,10 @@ def _refuse_options(block: Vllm) -> None:
             )
 
 
-def _rows(rows: Rows, split: str) -> list[data.Row]:
+def _rows(rows: Rows, split: str) -> Sequence[Row]:
     if isinstance(rows, Generated):
-        made = sums(rows.digits, rows.split, rows.holdout, rows.seed)
-        return made[: rows.limit]
-    return data.read(rows.path, rows.subset, rows.split or ("train" if split == "train" else "test"), rows.limit)
+        return sums(rows.digits, rows.split, rows.holdout, rows.seed)[: rows.limit]
+    return read(rows.path, rows.subset, rows.split or ("train" if split == "train" else "test"), rows.limit)
 
 
 def _context(config: Config, chat: Chat, model: Path, tasks: list[Task], groups: list[Group]) -> int:
@@ -211,9 +217,9 @@ def _context(config: Config, chat: Chat, model: Path, tasks: list[Task], groups:
     allowed = min(most, config.rollout.engine.context or most)
     answer = config.rollout.sampling.max_tokens
     lengths = [(task.id, len(chat.prompt(task.messages))) for task in tasks]
-    data.check_lengths(lengths, allowed - answer, "prompts are")
-    recorded = [(t.task.id, len(s.tokens)) for g in groups for t in g for s in t.samples]
-    data.check_lengths(recorded, most, "recorded samples are")
+    check_lengths(lengths, allowed - answer, "prompts are")
+    written = [(t.task.id, len(s.tokens)) for g in groups for t in g for s in t.samples]
+    check_lengths(written, most, "recorded samples are")
     if config.rollout.engine.context:
         return allowed
     longest = max((n for _, n in lengths), default=0) + answer

@@ -29,11 +29,13 @@ class Chat:
             raise InputError(f"model.path: the tokenizer in {model} does not load: {error}") from error
         if template not in ("auto", "none"):
             if not Path(template).is_file():
-                raise InputError(f"model.chat_template: there is no file {template!r}; it is auto, none or a Jinja file")
+                raise InputError(f"model.chat_template: no file {template!r}; it is auto, none or a Jinja file")
             self.tokenizer.chat_template = Path(template).read_text()
         self._plain = template == "none" or not self.tokenizer.chat_template
         eos = self.tokenizer.eos_token_id
         self.end: int | None = None if eos is None else int(eos)
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._special = {i for i, token in added if token.special} | set(self.tokenizer.all_special_ids)
 
     @property
     def vocabulary(self) -> int:
@@ -69,23 +71,36 @@ class Chat:
         whole = self.render(messages, prompt=False)
         if not whole.startswith(asked):
             raise InputError("the chat template changes the prompt once it is answered; set model.chat_template")
-        said = self.encode(whole[len(asked) :])
-        if self.end is not None:
-            said = said[: len(said) - said[::-1].index(self.end)] if self.end in said else [*said, self.end]
+        said, tail = self.encode(whole[len(asked) :]), self.encode(self._tail(messages, whole))
+        end = tail[0] if tail and tail[0] in self._special else self.end
+        if end is not None:
+            said = said[: len(said) - said[::-1].index(end)] if end in said else [*said, end]
         return self.encode(asked), said
 
-    def suffix(self, before: Sequence[Message], after: Sequence[Message], ended: bool) -> list[int]:
+    def suffix(self, before: Sequence[Message], after: Sequence[Message], last: int) -> list[int]:
         """The tokens to append after an assistant turn so that it goes on with the new messages of `after`.
 
-        before: the conversation whose tokens are there, its last message the assistant's. ended: its end-of-turn
-        token was sampled. Raises InputError where the template is not prefix-stable.
+        before: the conversation whose tokens are there, its last message the assistant's. last: the last token of that
+        message, which may be the one that ends the turn. Raises InputError where the template is not prefix-stable.
         """
         if self._plain:
             return self.encode(self.render(after[len(before) :], prompt=True))
-        marker = self.tokenizer.eos_token if self.end is not None else ""
         spoken, longer = self.render(before, prompt=False), self.render(after, prompt=True)
         if not longer.startswith(spoken):
             raise InputError("this chat template rewrites what was said before, so turns cannot be appended to it")
-        tail = spoken[spoken.rfind(marker) :] if marker and marker in spoken else ""
-        closing = tail[len(marker) :] if ended else tail
-        return self.encode(closing + longer[len(spoken) :])
+        tail = self._tail(before, spoken)
+        if last in self._special:
+            tail = tail.removeprefix(self.tokenizer.convert_ids_to_tokens(last))
+        return self.encode(tail + longer[len(spoken) :])
+
+    def _tail(self, messages: Sequence[Message], whole: str) -> str:
+        """What the template writes after the content of the last message, which is the assistant's."""
+        asked, content = self.render(messages[:-1], prompt=True), str(messages[-1]["content"])
+        if whole.startswith(asked):
+            body = whole[len(asked) :]
+            for said in (content, content.strip()):
+                if body.startswith(said):
+                    return body[len(said) :]
+            whole = body
+        marker = self.tokenizer.eos_token
+        return whole[whole.rfind(marker) :] if marker and marker in whole else ""

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -31,28 +33,31 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="such as learner.lr=
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train from the start."""
-    from rlft import session, settings
+    from rlft.session import begin
+    from rlft.settings import load
     from rlft.terminal import Terminal
 
-    raise typer.Exit(session.begin(settings.load(config, overrides or []), Terminal()))
+    with _interruptible():
+        raise typer.Exit(begin(load(config, overrides or []), Terminal()))
 
 
 @app.command()
 def resume(run: RunFolder, overrides: Overrides = None) -> None:
     """Go on from a run's newest checkpoint."""
-    from rlft import session
+    from rlft.session import resume
     from rlft.terminal import Terminal
 
-    raise typer.Exit(session.resume(run, overrides or [], Terminal()))
+    with _interruptible():
+        raise typer.Exit(resume(run, overrides or [], Terminal()))
 
 
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check a config and say in words what it would do; no weight is loaded."""
-    from rlft import settings
     from rlft.plan import describe
+    from rlft.settings import load
 
-    typer.echo(describe(settings.load(config, overrides or [])))
+    typer.echo(describe(load(config, overrides or [])))
 
 
 @app.command(name="eval")
@@ -62,7 +67,7 @@ def evaluate(
     step: Annotated[int | None, typer.Option(help="of the run's checkpoints; default: the newest")] = None,
 ) -> None:
     """Evaluate a config's model, or a run's policy, on the held-out tasks."""
-    from rlft.inspect import evaluate
+    from rlft.after import evaluate
 
     typer.echo(evaluate(run, overrides or [], step))
 
@@ -75,7 +80,7 @@ def sample(
     max_tokens: Annotated[int, typer.Option(help="of each answer")] = 128,
 ) -> None:
     """Talk to a policy; of a run, base and tuned answer side by side."""
-    from rlft.inspect import sample
+    from rlft.after import sample
 
     sample(run, prompt, temperature, max_tokens)
 
@@ -88,7 +93,7 @@ def export(
     step: Annotated[int | None, typer.Option(help="of the run's checkpoints; default: the newest")] = None,
 ) -> None:
     """Write a run's adapter or merged model for transformers, PEFT and vLLM."""
-    from rlft.inspect import export
+    from rlft.after import export
 
     typer.echo(export(run, to, merged, step))
 
@@ -127,8 +132,6 @@ def main() -> None:
         _fail(str(error), 2)
     except RunError as error:
         _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("stopped at once. What was kept: `rlft resume` goes on from the run's newest checkpoint.", 130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
@@ -137,6 +140,15 @@ def main() -> None:
             "room or choose another out=..., then go on with `rlft resume`.",
             1,
         )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """What a Ctrl-C that ends a run at once says. Here, since typer ends the program without a word."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("stopped at once. What was kept: `rlft resume` goes on from the run's newest checkpoint.", 130)
 
 
 def _fail(message: str, code: int) -> None:

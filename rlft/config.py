@@ -28,19 +28,21 @@ class Model(Block):
 
     path: str = Field(description="a folder, a hub id, or smollm2-135m-q4")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
+        default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
-    chat_template: str = Field("auto", description="auto (the model's own), none (plain text), or a Jinja file")
-    gradient_checkpointing: bool = Field(False, description="less memory, about a third more time to learn")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: the GPU where there is one")
+    chat_template: str = Field(default="auto", description="auto (the model's own), none (plain text), or a Jinja file")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, about a third more time to learn")
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
 
 
 class Adapter(BaseModel):
     """Any PEFT config by its type, with that config's own fields; `saved` with `path` goes on with one."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    type: str = Field("lora", description="a PEFT type (lora, dora is lora with use_dora, vera, ...), saved, or none")
+    type: str = Field(
+        default="lora", description="a PEFT type (lora, dora is lora with use_dora, vera, ...), saved, or none"
+    )
 
     def settings(self) -> dict[str, Any] | None:
         """What the policy is built from; None for full fine-tuning."""
@@ -52,20 +54,20 @@ class File(Block):
 
     type: Literal["file"] = "file"
     path: str = Field(description="a .jsonl, .json or .parquet file, or a datasets hub id")
-    subset: str | None = Field(None, description="the hub data set's configuration")
-    split: str | None = Field(None, description="the hub data set's split; default train, and test for eval")
-    limit: int | None = Field(None, ge=1, description="only the first so many rows")
+    subset: str | None = Field(default=None, description="the hub data set's configuration")
+    split: str | None = Field(default=None, description="the hub data set's split; default train, and test for eval")
+    limit: int | None = Field(default=None, ge=1, description="only the first so many rows")
 
 
 class Generated(Block):
     """Sums made on the spot; whole unordered pairs are held out."""
 
     type: Literal["generated"] = "generated"
-    digits: int = Field(1, ge=1, le=3, description="of each number")
-    split: Literal["train", "eval"] = Field("train", description="which side of the held-out pairs")
-    holdout: float = Field(0.2, gt=0, lt=1, description="share of unordered pairs that is held out")
-    seed: int = Field(0, description="chooses the held-out pairs")
-    limit: int | None = Field(None, ge=1, description="only so many rows, after shuffling by the seed")
+    digits: int = Field(default=1, ge=1, le=3, description="of each number")
+    split: Literal["train", "eval"] = Field(default="train", description="which side of the held-out pairs")
+    holdout: float = Field(default=0.2, gt=0, lt=1, description="share of unordered pairs that is held out")
+    seed: int = Field(default=0, description="chooses the held-out pairs")
+    limit: int | None = Field(default=None, ge=1, description="only so many rows, after shuffling by the seed")
 
 
 Rows = Annotated[File | Generated, Field(discriminator="type")]
@@ -94,11 +96,13 @@ class Vllm(Block):
     """vLLM, on a GPU or a CPU."""
 
     type: Literal["vllm"] = "vllm"
-    place: Literal["here", "worker"] = Field("here", description="in this process, or in one of its own")
-    context: int | None = Field(None, ge=2, description="most tokens of prompt and completion; default: what is needed")
-    max_sequences: int = Field(128, ge=1, description="how many requests advance together")
-    cache_gb: float | None = Field(None, gt=0, description="memory for keys and values; default on a CPU: 1")
-    memory_fraction: float | None = Field(None, gt=0, le=1, description="of the GPU; default there: 0.4")
+    place: Literal["here", "worker"] = Field(default="here", description="in this process, or in one of its own")
+    context: int | None = Field(
+        default=None, ge=2, description="most tokens of prompt and completion; default: what is needed"
+    )
+    max_sequences: int = Field(default=128, ge=1, description="how many requests advance together")
+    cache_gb: float | None = Field(default=None, gt=0, description="memory for keys and values; default on a CPU: 1")
+    memory_fraction: float | None = Field(default=None, gt=0, le=1, description="of the GPU; default there: 0.4")
     options: dict[str, Any] = Field(default_factory=dict, description="any other engine argument of vLLM")
 
 
@@ -106,19 +110,21 @@ class Local(Block):
     """transformers: slower, runs any model."""
 
     type: Literal["local"] = "local"
-    context: int | None = Field(None, ge=2, description="most tokens of prompt and completion; default: what is needed")
-    max_sequences: int = Field(128, ge=1, description="how many requests advance together")
+    context: int | None = Field(
+        default=None, ge=2, description="most tokens of prompt and completion; default: what is needed"
+    )
+    max_sequences: int = Field(default=128, ge=1, description="how many requests advance together")
 
 
 class Draw(Block):
     """How the policy is sampled for training."""
 
-    temperature: float = Field(1.0, gt=0, description="the learner divides its logits by the same")
-    max_tokens: int = Field(128, ge=1, description="per turn")
-    stop: tuple[str, ...] = Field((), description="strings that end a completion")
-    top_p: float = Field(1.0, description="must be 1, see below")
-    top_k: int = Field(0, description="must be 0")
-    min_p: float = Field(0.0, description="must be 0")
+    temperature: float = Field(default=1.0, gt=0, description="the learner divides its logits by the same")
+    max_tokens: int = Field(default=128, ge=1, description="per turn")
+    stop: tuple[str, ...] = Field(default=(), description="strings that end a completion")
+    top_p: float = Field(default=1.0, description="must be 1, see below")
+    top_k: int = Field(default=0, description="must be 0")
+    min_p: float = Field(default=0.0, description="must be 0")
 
     @model_validator(mode="after")
     def _whole_distribution(self) -> Draw:
@@ -136,9 +142,13 @@ class Rollout(Block):
     """How a step's groups are made. For recorded data only `tasks_per_step` counts, and the engine if there is eval."""
 
     engine: Annotated[Vllm | Local, Field(discriminator="type")] = Vllm()
-    tasks_per_step: int = Field(8, ge=1, description="tasks (recorded: groups) per step")
-    group_size: int = Field(8, ge=1, description="samples per task")
+    tasks_per_step: int = Field(default=8, ge=1, description="tasks (recorded: groups) per step")
+    group_size: int = Field(default=8, ge=1, description="samples per task")
     sampling: Draw = Draw()
+    deterministic: bool = Field(
+        default=True,
+        description="forget cached prompts after each evaluation and proof: a resumed run is equal",
+    )
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -149,18 +159,18 @@ class Rollout(Block):
 class Learner(Block):
     """How the weights are moved."""
 
-    lr: float = Field(1e-5, gt=0, description="learning rate at its highest")
+    lr: float = Field(default=1e-5, gt=0, description="learning rate at its highest")
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = Field((0.9, 0.999), description="of adamw")
-    scheduler: Literal["constant", "linear", "cosine", "constant_with_warmup"] = Field(
-        "constant", description="over the whole run; warmup_steps come first in all but constant"
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="of adamw")
+    scheduler: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="over the whole run, after warmup_steps"
     )
-    warmup_steps: int = Field(0, ge=0, description="optimizer steps from 0 to lr")
-    epochs: int = Field(1, ge=1, description="passes over each batch")
-    minibatches: int = Field(1, ge=1, description="optimizer steps per pass")
-    micro_tokens: int = Field(4096, ge=1, description="padded tokens per forward pass; a matter of memory only")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: never")
+    warmup_steps: int = Field(default=0, ge=0, description="optimizer steps from 0 to lr")
+    epochs: int = Field(default=1, ge=1, description="passes over each batch")
+    minibatches: int = Field(default=1, ge=1, description="optimizer steps per pass")
+    micro_tokens: int = Field(default=4096, ge=1, description="padded tokens per forward pass; a matter of memory only")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="gradients are clipped to this norm; 0: never")
 
 
 class Sync(Block):
@@ -172,23 +182,27 @@ class Sync(Block):
 class Eval(Block):
     """Held-out tasks, greedy, before and after training and every so many steps."""
 
-    every: int = Field(0, ge=0, description="steps; 0: only before and after training")
-    accuracy: str | None = Field(None, description="the reward component that means correct; default: the first")
-    samples: int = Field(1, ge=1, description="above 1: also eval/pass@k, from k samples at the run's temperature")
+    every: int = Field(default=0, ge=0, description="steps; 0: only before and after training")
+    accuracy: str | None = Field(
+        default=None, description="the reward component that means correct; default: the first"
+    )
+    samples: int = Field(
+        default=1, ge=1, description="above 1: also eval/pass@k, from k samples at the run's temperature"
+    )
 
 
 class Checkpoint(Block):
     """What is kept."""
 
-    every: int = Field(10, ge=0, description="steps; 0: only the last")
-    keep: int = Field(2, ge=1, description="the newest so many, and the best by eval/accuracy")
+    every: int = Field(default=10, ge=0, description="steps; 0: only the last")
+    keep: int = Field(default=2, ge=1, description="the newest so many, and the best by eval/accuracy")
 
 
 class Show(Block):
     """Samples on the terminal."""
 
-    every: int = Field(5, ge=0, description="steps; 0: never")
-    samples: int = Field(3, ge=1, description="how many")
+    every: int = Field(default=5, ge=0, description="steps; 0: never")
+    samples: int = Field(default=3, ge=1, description="how many")
 
 
 class Config(Block):
@@ -196,10 +210,12 @@ class Config(Block):
 
     name: str = Field(pattern=r"^[\w.-]+$", description="names the run's folder: runs/<name>")
     steps: int = Field(ge=0, description="steps to train")
-    seed: int = Field(0, ge=0, description="of data order, sampling and initial adapter")
-    out: str | None = Field(None, description="the run's folder; one that ends in -N takes the next free number")
+    seed: int = Field(default=0, ge=0, description="of data order, sampling and initial adapter")
+    out: str | None = Field(
+        default=None, description="the run's folder; one that ends in -N takes the next free number"
+    )
     model: Model
-    adapter: Adapter = Field(Adapter(), description="any PEFT config, or none for full fine-tuning")
+    adapter: Adapter = Field(default=Adapter(), description="any PEFT config, or none for full fine-tuning")
     data: Data
     env: EnvConfig = EnvConfig()
     reward: RewardConfig | None = None
@@ -210,7 +226,7 @@ class Config(Block):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     show: Show = Show()
-    track: tuple[str, ...] = Field((), description=f"any of {', '.join(TRACKERS)}")
+    track: tuple[str, ...] = Field(default=(), description=f"any of {', '.join(TRACKERS)}")
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -243,6 +259,8 @@ class Config(Block):
 
 
 def _reward_problem(config: Config) -> str | None:
+    if config.eval.every and config.data.eval is None:
+        return "eval.every: there are no held-out tasks to evaluate on; set data.eval, or eval.every=0"
     if config.reward is None:
         if config.online:
             return "reward: samples of the policy need a reward to score them; add a reward block"
@@ -250,8 +268,6 @@ def _reward_problem(config: Config) -> str | None:
     known = config.reward.components()
     if config.eval.accuracy is not None and config.eval.accuracy not in known:
         return f"eval.accuracy: the reward has no component {config.eval.accuracy!r}; it has {', '.join(known)}"
-    if config.eval.every and config.data.eval is None:
-        return "eval.every: there are no held-out tasks to evaluate on; set data.eval, or eval.every=0"
     return None
 
 
@@ -273,7 +289,7 @@ def _source_problem(config: Config) -> str | None:
     if config.algorithm.source == "rollouts" and recorded:
         return (
             f"data.columns.{recorded[0]}: {config.algorithm.type} learns from its own samples, whose log-probs it "
-            "needs; recorded completions have none. Remove that role, or choose an offline algorithm such as sft."
+            "needs; recorded completions have none. Remove that role, or choose an algorithm that learns from recorded data."
         )
     return None
 

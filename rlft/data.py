@@ -1,8 +1,9 @@
-"""Rows to tasks and groups. Rows come from JSONL, Parquet, the hub, or are generated; bad ones are refused by number."""
+"""Rows to tasks and groups. Rows come from JSONL, Parquet or the hub; bad ones are refused by number."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,15 @@ class _BadRow(Exception):
 
 
 def _json(file: Path) -> list[Row]:
-    text = file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"data: {file} does not read as text: {error}") from error
     if file.suffix == ".json" and text.lstrip().startswith("["):
-        rows = json.loads(text)
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"data: {file} is not JSON: {error}") from error
     else:
         rows = []
         for i, line in enumerate(text.splitlines()):
@@ -174,6 +181,8 @@ def _answers(row: Row) -> tuple[tuple[Message, ...], list[tuple[str, float]]]:
         said, scores = row["completions"], row.get("scores")
         if not isinstance(said, list) or not isinstance(scores, list) or len(said) != len(scores) or not said:
             raise _BadRow("completions and scores are not two lists of one length")
+        if not all(isinstance(x, int | float) and math.isfinite(x) for x in scores):
+            raise _BadRow("a score is not a finite number")
         return prompt, [(_text(s, "completions"), float(x)) for s, x in zip(said, scores, strict=True)]
     return prompt, [(_said(row, "completion"), 1.0)]
 

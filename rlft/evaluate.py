@@ -20,6 +20,7 @@ class Evaluation:
     component: str
     samples: int
     seed: int
+    deterministic: bool = True
 
     async def __call__(self, step: int) -> tuple[dict[str, float], list[Group]]:
         """Metrics under `eval/`, and the greedy groups of one. A task without a verdict counts as not correct."""
@@ -34,7 +35,8 @@ class Evaluation:
             solved = [any(t.metrics.get(f"reward/{self.component}") == 1 for t in group) for group in drawn]
             metrics[f"eval/pass@{self.samples}"] = sum(solved) / len(solved)
             seconds += clock.generate + clock.reward
-        await self.player.engine.forget()
+        if self.deterministic:
+            await self.player.engine.forget()
         return metrics | {"time/eval": seconds}, groups
 
 

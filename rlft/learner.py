@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import get_scheduler
+from transformers import DynamicCache, get_scheduler
 
 from rlft.algorithms.base import Algorithm, Metrics, Need, Outputs, mean, merge, peak
 from rlft.batch import Batch
+from rlft.kernels import FastLinear
 from rlft.policy import Policy
+from rlft.prefix import Split, owners, prompt_lengths, split
 from rlft.types import RunError
 
 
@@ -48,11 +50,14 @@ class Learner:
         self.policy = policy
         self.schedule = schedule
         self._temperature = temperature
+        self._shares = _can_share(policy)
         self._named = list(policy.trainable())
         self._parameters = [p for _, p in self._named]
         self.optimizer = _optimizer(self._parameters, schedule)
         total = schedule.steps * schedule.epochs * schedule.minibatches
-        self.scheduler = get_scheduler(schedule.scheduler, self.optimizer, schedule.warmup_steps, max(total, 1))
+        warm = schedule.scheduler == "constant" and schedule.warmup_steps > 0
+        name = "constant_with_warmup" if warm else schedule.scheduler
+        self.scheduler = get_scheduler(name, self.optimizer, schedule.warmup_steps, max(total, 1))
         self.generator = torch.Generator().manual_seed(seed)
         self.credited: Batch | None = None  # the last update's batch with its advantages, for the record
 
@@ -83,7 +88,7 @@ class Learner:
         """One pass over the batch: credit, weigh, and every optimizer step. Returns what to log."""
         self.credited = None
         if not len(batch) or not batch.mask.any():
-            rate = self.scheduler.get_last_lr()[0]
+            rate = float(self.scheduler.get_last_lr()[0])
             self._step_schedule(self.schedule.epochs * self.schedule.minibatches)
             return {"tokens/trained": 0.0, "learner/lr": rate}
         batch = self.credited = algorithm.credit(self.fill(batch, algorithm.needs))
@@ -91,7 +96,7 @@ class Learner:
         first = True
         for step in self._cut(batch, algorithm.unit):
             loss, metrics, tokens = self._accumulate(algorithm.weigh(step), algorithm, parity=first)
-            rate = self.scheduler.get_last_lr()[0]
+            rate = float(self.scheduler.get_last_lr()[0])
             norms.append(self._optimize(loss))
             losses.append(loss)
             parts += metrics
@@ -119,7 +124,7 @@ class Learner:
     def logprobs(self, batch: Batch, reference: bool = False) -> Float[Tensor, "b t"]:
         """Log-probs of the chosen tokens under the policy or its reference; NaN elsewhere."""
         filled = torch.full_like(batch.logprobs, torch.nan)
-        with self.policy.reference() if reference else nullcontext(self.policy.model) as model:
+        with FastLinear(), self.policy.reference() if reference else nullcontext(self.policy.model) as model:
             model.eval()
             for rows in self._micro(batch, unit=1):
                 part = batch.rows(rows)
@@ -131,26 +136,70 @@ class Learner:
     def forward(self, batch: Batch, model: Any = None) -> Outputs:
         """Log-probs at the sampling temperature, in at least float32, aligned with tokens. The one shift is here.
 
-        Logits are made only for columns in which some row has a chosen token next.
+        Logits are made only for columns in which some row has a chosen token next; a prompt that rows share is
+        computed once.
         """
-        columns = batch.mask[:, 1:].any(0).nonzero().flatten()
-        positions = (batch.valid.long().cumsum(1) - 1).clamp(min=0)
-        logits = (model or self.policy.model)(
-            input_ids=batch.tokens,
-            attention_mask=batch.valid.long(),
-            position_ids=positions,
-            logits_to_keep=columns,
-            use_cache=False,
-        ).logits
-        chosen = batch.mask[:, columns + 1]
-        picked = logits[chosen]
-        picked = picked.to(torch.promote_types(picked.dtype, torch.float32)) / self._temperature
-        distribution = picked.log_softmax(-1)
-        logprobs = distribution.gather(-1, batch.tokens[:, columns + 1][chosen][:, None]).squeeze(-1)
-        with torch.no_grad():
-            entropy = -(distribution.exp() * distribution).sum(-1)
+        model = model or self.policy.model
+        parts = split(batch) if self._shares else None
+        if parts is None:
+            columns = batch.mask[:, 1:].any(0).nonzero().flatten()
+            logits = model(
+                input_ids=batch.tokens,
+                attention_mask=batch.valid.long(),
+                position_ids=(batch.valid.long().cumsum(1) - 1).clamp(min=0),
+                logits_to_keep=columns,
+                use_cache=False,
+            ).logits
+            chosen = batch.mask[:, columns + 1]
+            logprobs, entropy = self._score(logits[chosen], batch.tokens[:, columns + 1][chosen])
+        else:
+            logprobs, entropy = self._shared(parts, model)
         empty = torch.zeros(batch.tokens.shape, dtype=logprobs.dtype, device=logprobs.device)
         return Outputs(empty.masked_scatter(batch.mask, logprobs), empty.masked_scatter(batch.mask, entropy))
+
+    def _shared(self, parts: Split, model: Any) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the chosen tokens, row by row: prompts first, then the rest over their cache."""
+        seen = parts.seen.long()
+        first = model(
+            input_ids=parts.prompts,
+            attention_mask=seen,
+            position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+            past_key_values=DynamicCache(config=self.policy.causal_lm.config),
+            logits_to_keep=1,
+            use_cache=True,
+        )
+        logits = [first.logits[:, -1][parts.owner]]
+        targets = [parts.rest[:, 0]]
+        places = [torch.arange(len(parts.rest), device=seen.device) * parts.rest.shape[1]]
+        columns = parts.mask[:, 1:].any(0).nonzero().flatten()
+        if len(columns):
+            cache = first.past_key_values
+            cache.batch_select_indices(parts.owner)
+            steps = torch.arange(parts.rest.shape[1] - 1, device=seen.device)
+            later = model(
+                input_ids=parts.rest[:, :-1],
+                attention_mask=torch.cat([seen[parts.owner], parts.valid[:, :-1].long()], 1),
+                position_ids=parts.starts[:, None] + steps,
+                past_key_values=cache,
+                logits_to_keep=columns,
+                use_cache=True,
+            ).logits
+            chosen = parts.mask[:, columns + 1]
+            row, column = chosen.nonzero(as_tuple=True)
+            logits.append(later[chosen])
+            targets.append(parts.rest[:, columns + 1][chosen])
+            places.append(row * parts.rest.shape[1] + columns[column] + 1)
+        logprobs, entropy = self._score(torch.cat(logits), torch.cat(targets))
+        order = torch.cat(places).argsort()
+        return logprobs[order], entropy[order]
+
+    def _score(self, logits: Float[Tensor, "n v"], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs of the targets, and the entropy of each distribution without a gradient."""
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        distribution = (wide / self._temperature).log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(distribution.exp() * distribution).sum(-1)
+        return distribution.gather(-1, targets[:, None]).squeeze(-1), entropy
 
     def _cut(self, batch: Batch, unit: int) -> Iterator[Batch]:
         """The optimizer steps of a batch: whole in order when there is one a pass, else shuffled anew every epoch."""
@@ -165,19 +214,32 @@ class Learner:
                     yield batch.rows((part[:, None] * unit + torch.arange(unit)).flatten().sort().values)
 
     def _micro(self, batch: Batch, unit: int) -> Iterator[Tensor]:
-        """Row numbers of micro-batches of at most `micro_tokens` padded tokens; rows of like length together."""
-        units = torch.arange(len(batch)).view(-1, unit)
-        longest = batch.lengths[units].max(1).values
-        part: list[Tensor] = []
-        width = 0
-        for i in longest.argsort(descending=True, stable=True).tolist():
-            width = width or int(longest[i])
-            if part and (len(part) + 1) * unit * width > self.schedule.micro_tokens:
-                yield torch.cat(part)
-                part, width = [], int(longest[i])
-            part.append(units[i])
+        """Row numbers of micro-batches of at most `micro_tokens` padded tokens; a group and like lengths together.
+
+        A prompt that is shared is counted once.
+        """
+        whole, prompts = batch.lengths.tolist(), prompt_lengths(batch).tolist()
+        groups, owner = batch.group.tolist(), owners(batch)
+        longest: dict[int, int] = {}
+        for group, length in zip(groups, whole, strict=True):
+            longest[group] = max(longest.get(group, 0), length)
+        starts = range(0, len(batch), unit)
+        part: list[int] = []
+        for start in sorted(starts, key=lambda i: (-longest[groups[i]], groups[i], -max(whole[i : i + unit]))):
+            longer = part + list(range(start, start + unit))
+            if part and self._cost(longer, whole, prompts, owner) > self.schedule.micro_tokens:
+                yield torch.tensor(part)
+                longer = longer[len(part) :]
+            part = longer
         if part:
-            yield torch.cat(part)
+            yield torch.tensor(part)
+
+    def _cost(self, rows: list[int], whole: list[int], prompts: list[int], owners: list[int]) -> int:
+        """Padded tokens of a forward pass over these rows, at most."""
+        if not self._shares:
+            return len(rows) * max(whole[i] for i in rows)
+        rest = max(whole[i] - prompts[i] for i in rows)
+        return len(rows) * rest + len({owners[i] for i in rows}) * max(prompts[i] for i in rows)
 
     def _accumulate(self, batch: Batch, algorithm: Algorithm, parity: bool) -> tuple[float, list[Metrics], int]:
         """Add up the gradient of one optimizer step over its micro-batches."""
@@ -188,9 +250,10 @@ class Learner:
             part = kept.rows(rows).to(self.policy.device)
             if not part.mask.any():
                 continue
-            outputs = self.forward(part)
-            loss, metrics = algorithm.loss(outputs, part)
-            loss.backward()
+            with FastLinear():
+                outputs = self.forward(part)
+                loss, metrics = algorithm.loss(outputs, part)
+                loss.backward()
             total += float(loss.detach())
             parts.append({**metrics, **(_parity(outputs, part) if parity else {})})
             trained += int(part.mask.sum())
@@ -229,6 +292,15 @@ def _optimizer(parameters: list[torch.nn.Parameter], schedule: Schedule) -> torc
     if schedule.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
     return torch.optim.SGD(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
+
+
+def _can_share(policy: Policy) -> bool:
+    """A prompt's keys and values can be kept and expanded: full attention only, nothing recomputed in the backward."""
+    config = policy.causal_lm.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    recomputed = getattr(policy.causal_lm, "is_gradient_checkpointing", False)
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return kinds == {"full_attention"} and not windowed and not recomputed and not policy.prompts_learned
 
 
 def _moves(batch: Batch, unit: int) -> Tensor:

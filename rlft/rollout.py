@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from rlft.chat import Chat
 from rlft.engine.base import Engine
 from rlft.envs.base import Action, Env
-from rlft.types import NAN, Group, Message, Reward, RunError, Sample, Sampling, Task, Trajectory
+from rlft.types import NAN, Group, Reward, RunError, Sample, Sampling, Task, Trajectory
 
 
 def derive_seed(*parts: object) -> int:
@@ -44,8 +44,9 @@ class Player:
 
     async def _play(self, env: Env, task: Task, seed: int) -> Trajectory:
         messages = tuple(await env.reset())
-        sample = _opened(self.chat.prompt(messages))
+        samples = [_opened(self.chat.prompt(messages))]
         for turn in range(1_000_000):
+            sample = samples[-1]
             room = self.context - len(sample.tokens)
             sampling = replace(
                 self.sampling,
@@ -61,17 +62,21 @@ class Player:
             reply = await env.step(Action(text, completion.finish))
             sample.rewards[-1] += reply.reward
             if reply.done or completion.finish == "length":
-                return Trajectory(task, messages, [sample], finish=completion.finish)
+                return Trajectory(task, messages, samples, finish=completion.finish)
             longer = (*messages, *reply.messages)
-            added = self._suffix(messages, longer, sample.tokens)
-            if len(sample.tokens) + len(added) >= self.context:
-                return Trajectory(task, messages, [sample], finish="length")
-            _append(sample, added, None)
+            if reply.rewrite:
+                longer = tuple(reply.messages)
+                added, used = self.chat.prompt(longer), 0
+            else:
+                added, used = self.chat.suffix(messages, longer, sample.tokens[-1]), len(sample.tokens)
+            if used + len(added) >= self.context:
+                return Trajectory(task, messages, samples, finish="length")
+            if reply.rewrite:
+                samples.append(_opened(added))
+            else:
+                _append(sample, added, None)
             messages = longer
         raise AssertionError("unreachable")
-
-    def _suffix(self, before: tuple[Message, ...], after: tuple[Message, ...], tokens: list[int]) -> list[int]:
-        return self.chat.suffix(before, after, ended=tokens[-1] == self.chat.end)
 
     def _check(self, tokens: list[int], task: Task) -> None:
         if tokens and max(tokens) >= self.chat.vocabulary:

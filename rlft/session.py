@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from rlft import checkpoint, settings
 from rlft.build import Material, Parts, assemble, material
-from rlft.checkpoint import Checkpoints
+from rlft.checkpoint import Checkpoints, restore
 from rlft.config import Config
 from rlft.hooks import Around, run_folder
+from rlft.settings import dump, load
 from rlft.terminal import Terminal
 from rlft.track import Record, trackers
 from rlft.trainer import Run, train
@@ -33,7 +34,12 @@ def begin(config: Config, terminal: Terminal) -> int:
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config)
-    return asyncio.run(_session(stuff, folder, None, terminal))
+    try:
+        return asyncio.run(_session(stuff, folder, None, terminal))
+    except InputError:  # the run did not begin: its name is free again
+        if not (folder / "metrics.jsonl").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def resume(folder: Path, overrides: list[str], terminal: Terminal) -> int:
@@ -44,8 +50,6 @@ def resume(folder: Path, overrides: list[str], terminal: Terminal) -> int:
         terminal.say(f"{folder} is finished: step {newest} of {config.steps}. Train longer with steps=...")
         return 0
     stuff = material(config)
-    if overrides:
-        write_config(folder, config)
     return asyncio.run(_session(stuff, folder, newest, terminal))
 
 
@@ -53,14 +57,14 @@ def of_run(folder: Path, overrides: list[str] | None = None) -> Config:
     """The config of a run. Raises InputError where the folder is not one."""
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder} is not a run: there is no config.yaml in it")
-    return settings.load(folder / "config.yaml", overrides or [])
+    return load(folder / "config.yaml", overrides or [])
 
 
 def write_config(folder: Path, config: Config) -> None:
     """The resolved config, whole or not at all."""
     scratch = folder / ".config.yaml.writing"
     try:
-        scratch.write_text(settings.dump(config))
+        scratch.write_text(dump(config))
         os.replace(scratch, folder / "config.yaml")
     except OSError:
         scratch.unlink(missing_ok=True)
@@ -78,8 +82,9 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
         start = 0
         if newest is not None:
-            start = checkpoint.restore(checkpoints.path(newest), parts.learner, parts.source)
+            start = restore(checkpoints.path(newest), parts.learner, parts.source)
             terminal.say(f"resuming {folder} after step {start}")
+        write_config(folder, config)  # only now: overrides that the checkpoint does not fit must not stay
         around = Around(parts, record, checkpoints, terminal)
         run = Run(config.steps, parts.source, stuff.algorithm, parts.learner, _sync(parts), around)
         with _interruptible(run.stop, terminal):
@@ -108,7 +113,7 @@ def _interruptible(stop: Callable[[], None], terminal: Terminal) -> Iterator[Non
 
     def ask(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        terminal.say("stopping: the step in hand is finished and kept; Ctrl-C again stops at once")
+        terminal.say("stopping: what is being learned is finished and kept; Ctrl-C again stops at once")
         loop.call_soon_threadsafe(stop)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -18,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 from rlft.config import Config
 from rlft.types import InputError
 
-PATHS = ("model.path", "model.chat_template", "data.train", "data.eval", "data.train.path", "data.eval.path", "adapter.path")
+DATA = ("data.train", "data.eval", "data.train.path", "data.eval.path")
+PATHS = ("model.path", "model.chat_template", *DATA, "adapter.path")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:

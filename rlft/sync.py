@@ -31,7 +31,8 @@ from rlft.types import NAN, InputError, RunError, Sample, Sampling, Task, Trajec
 # The largest gap between the log-probs of engine and learner, per dtype. Measured: 4e-5 in float32 on a CPU
 # (docs/lab-notes.md); half precision rounds logits of about 20 at 2^-8 relative.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.06}
-PROOF_PROMPTS, PROOF_TOKENS = 2, 3
+# Through prefill, a whole block of vLLM's prefix cache on a CPU, and decoding; more would cost the learner time.
+PROOF_PROMPTS, PROOF_WIDTH, PROOF_TOKENS = 2, 36, 2
 
 
 class Scorer(Protocol):
@@ -61,13 +62,16 @@ class Sync:
         kind: Literal["merged", "adapter"],
         prompts: Sequence[list[int]],
         sampling: Sampling,
+        deterministic: bool = True,
     ) -> None:
         self._engine = engine
         self._scorer = scorer
         self._kind = kind
-        self._prompts = [list(p) for p in prompts[:PROOF_PROMPTS]]
+        self._deterministic = deterministic
+        self._prompts = [list(p[:PROOF_WIDTH]) for p in prompts[:PROOF_PROMPTS]]
         self._sampling = replace(sampling, max_tokens=PROOF_TOKENS, stop=())
-        self._units: dict[str, str] = {}
+        self._units: dict[str, str] | None = None
+        self._rest: dict[str, list[str]] = {}
         self._folder: Path | None = None
         if kind == "adapter":
             refuse_hot_loading(policy)
@@ -79,7 +83,8 @@ class Sync:
         sent = time.perf_counter()
         wrong = await self.account(marks, version)
         gap, strange = await self.behave(policy, version)
-        await self._engine.forget()
+        if self._deterministic:
+            await self._engine.forget()
         if wrong or strange:
             raise RunError(_diagnosis(version, wrong, strange))
         return Report(version, sent - begun, time.perf_counter() - sent, gap)
@@ -90,9 +95,9 @@ class Sync:
         if self._kind == "adapter":
             await self._send_adapter(policy, version, marks)
         else:
-            if not self._units:
+            if self._units is None:
                 self._units = await self._receivers(policy)
-            stream = self._complete(policy)
+            stream = self._complete(policy, self._units)
             await self._engine.load_weights(Full(_marking(stream, marks, version)), version)
         return marks
 
@@ -129,33 +134,31 @@ class Sync:
         return gap, [f"log-probs of sampled tokens differ by up to {gap:.2g}; at most {bound:g} is rounding"]
 
     async def _receivers(self, policy: Policy) -> dict[str, str]:
-        """The engine's parameter behind every checkpoint name; every trained parameter must be behind one."""
+        """The engine's unit behind every checkpoint name; every trained parameter must be behind one."""
         units = await self._engine.units(list(policy.plain()))
-        reached = {inside for name, names in policy.targets().items() if name in units for inside in names}
+        changed = policy.targets()
+        reached = {inside for name, names in changed.items() if name in units for inside in names}
         lost = [name for name, _ in policy.trainable() if name not in reached]
         if lost:
             raise InputError(
                 f"sync: {len(lost)} trained parameters have no receiver in the engine, e.g. {lost[0]}. "
                 "Choose other target_modules, or the local engine."
             )
+        touched = {units[name] for name in changed if name in units}
+        for name, unit in units.items():
+            if unit in touched and name not in changed:
+                self._rest.setdefault(unit, []).append(name)
         return units
 
-    def _complete(self, policy: Policy) -> Iterator[tuple[str, Tensor]]:
-        """The changed weights, each followed by those of its fused unit that did not change."""
-        plain = policy.plain()
-        members: dict[str, list[str]] = {}
-        for name, unit in self._units.items():
-            members.setdefault(unit, []).append(name)
-        changed = policy.targets()
-        filled: set[str] = set()
+    def _complete(self, policy: Policy, units: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+        """The changed weights, each followed by those of its unit that did not change."""
+        plain = policy.plain() if self._rest else {}
+        rest = dict(self._rest)
         for name, tensor in policy.merged():
-            unit = self._units.get(name)
-            if unit is None:
-                continue
-            yield name, tensor
-            if unit not in filled:
-                filled.add(unit)
-                yield from ((other, plain[other]) for other in members[unit] if other not in changed)
+            unit = units.get(name)
+            if unit is not None:
+                yield name, tensor
+                yield from ((other, plain[other]) for other in rest.pop(unit, ()))
 
     async def _send_adapter(self, policy: Policy, version: int, marks: dict[str, Mark]) -> None:
         old, self._folder = self._folder, Path(tempfile.mkdtemp(prefix=f"rlft-adapter-{version}-"))
@@ -212,9 +215,7 @@ def refuse_hot_loading(policy: Policy) -> None:
         raise InputError(f"sync.type: adapter is not possible: {reason}. Use sync: {{type: merged}}.")
 
 
-def _marking(
-    stream: Iterator[tuple[str, Tensor]], marks: dict[str, Mark], seed: int
-) -> Iterator[tuple[str, Tensor]]:
+def _marking(stream: Iterator[tuple[str, Tensor]], marks: dict[str, Mark], seed: int) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in stream:
         marks[name] = Mark.of(tensor, seed)
         yield name, tensor

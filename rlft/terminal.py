@@ -64,7 +64,7 @@ class Terminal:
         reward = row.get("reward/mean", float("nan"))
         generated, seconds = row.get("tokens/generated"), row.get("time/generate")
         speed = f", {generated / seconds:.0f} tokens/s" if generated and seconds else ""
-        numbers = f"reward {reward:.3f}{speed}, loss {row.get('loss/total', 0.0):.4f}"
+        numbers = f"reward {reward:.3f}{speed}, gradient {row.get('loss/grad_norm', 0.0):.3f}"
         if self._progress is not None:
             self._progress.update(self._progress.tasks[0].id, completed=step, numbers=numbers)
         else:

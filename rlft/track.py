@@ -122,9 +122,8 @@ def trackers(names: Sequence[str], project: str, folder: Path, config: dict[str,
             made[-1].start() if hasattr(made[-1], "start") else None
             made[-1].store_init_configuration(_flat(config))
         except (ImportError, NameError, AttributeError) as error:
-            package = {"comet_ml": "comet"}.get(name, name)
             raise InputError(
-                f"track: {name} is not installed ({error}). Install it: pip install 'rlft[{package}]'"
+                f"track: {name} is not installed ({error}). Install it: pip install {name.replace('_', '-')}"
             ) from error
     return made
 

@@ -71,7 +71,7 @@ async def train(run: Run, start: int = 0) -> None:
     while step < run.steps and not run.stopping:
         begun = time.perf_counter()
         groups = await run.draw()
-        if run.stopping:
+        if not groups:
             break
         step += 1
         drawn = time.perf_counter()

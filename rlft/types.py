@@ -137,7 +137,10 @@ class Completion:
 
 @dataclass(frozen=True)
 class Turn:
-    """The environment's reply: new messages to show the policy, the reward of its last move, whether it is over."""
+    """The environment's reply: new messages to show the policy, the reward of its last move, whether it is over.
+
+    rewrite: `messages` are not appended but replace the whole history, and a new sample begins.
+    """
 
     messages: tuple[Message, ...] = ()
     reward: float = 0.0

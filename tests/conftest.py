@@ -6,6 +6,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import rlft  # noqa: F401  (first: it says how torch's threads wait, and torch reads that when it is loaded)
+
+# isort: split
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -78,21 +81,24 @@ def tiny_tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _make_groups(count: int = 3, size: int = 4, seed: int = 0, longest: int = 9, sampled: bool = True) -> list[Group]:
-    """Random trajectories of one sample each, prompts of 2 to 4 tokens, scores 0, 0.5 or 1.
+    """Random trajectories of one sample each, a prompt of 2 to 4 tokens per group, scores 0, 0.5 or 1.
 
     longest: the most tokens of a completion. sampled: with random log-probs, else NaN as in recorded data.
     """
     draw = random.Random(seed)
 
-    def play(g: int) -> Trajectory:
-        prompt, said = draw.randint(2, 4), draw.randint(1, longest)
-        tokens = [draw.randrange(3, VOCAB) for _ in range(prompt + said)]
-        mask = [False] * prompt + [True] * said
-        logprobs = [NAN] * prompt + [-draw.expovariate(0.5) if sampled else NAN for _ in range(said)]
-        sample = Sample(tokens, mask, logprobs, [0.0] * len(tokens), version=0 if sampled else -1)
+    def speak(length: int) -> list[int]:
+        return [draw.randrange(3, VOCAB) for _ in range(length)]
+
+    def play(g: int, prompt: list[int]) -> Trajectory:
+        before, said = len(prompt), draw.randint(1, longest)
+        mask = [False] * before + [True] * said
+        logprobs = [NAN] * before + [-draw.expovariate(0.5) if sampled else NAN for _ in range(said)]
+        sample = Sample(prompt + speak(said), mask, logprobs, [0.0] * len(mask), version=0 if sampled else -1)
         return Trajectory(Task(f"task-{g}", ()), (), [sample], score=draw.choice([0.0, 0.5, 1.0]))
 
-    return [tuple(play(g) for _ in range(size)) for g in range(count)]
+    prompts = [speak(draw.randint(2, 4)) for _ in range(count)]
+    return [tuple(play(g, prompt) for _ in range(size)) for g, prompt in enumerate(prompts)]
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -54,14 +55,17 @@ class Engine(Protocol):
         ...
 
     async def units(self, names: Sequence[str]) -> dict[str, str]:
-        """The engine's parameter behind each checkpoint name; names of one unit must be sent together.
+        """What each checkpoint name is loaded into, by the name of the unit; names of one unit must be sent together.
 
         A name that the engine has no receiver for is missing from the answer.
         """
         ...
 
     async def read_back(self, names: Sequence[str], seed: int) -> dict[str, Tensor]:
-        """Digests, by `digest`, of the engine's own serving copy under checkpoint names."""
+        """Digests, by `digest`, of the engine's own serving copies under checkpoint names.
+
+        Where it serves several (a packed head beside the embedding it is tied to), one under another.
+        """
         ...
 
     async def forget(self) -> None:
@@ -73,6 +77,7 @@ class Engine(Protocol):
         ...
 
 
+@lru_cache(maxsize=64)
 def probe(width: int, seed: int) -> Float[Tensor, "k c"]:
     """The columns that a digest of a matrix with `width` inputs is multiplied by; both sides make the same."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
@@ -84,14 +89,13 @@ def probe(width: int, seed: int) -> Float[Tensor, "k c"]:
 
 
 def digest(weight: Tensor, seed: int) -> Float[Tensor, "n c"]:
-    """The digest of a weight that can be read: a vector is its own, a matrix as the module says. Float32, on the CPU."""
+    """The digest of a weight that can be read: a vector is its own, a matrix as said above. Float32, on the CPU."""
     if weight.ndim < 2:
         return weight.detach().float().cpu().reshape(-1, 1)
-    flat = weight.detach().reshape(weight.shape[0], -1)
+    flat = weight.detach().reshape(weight.shape[0], -1).float()
     matrix = probe(flat.shape[1], seed)
     picked = matrix[:, :COLUMNS].argmax(0).to(flat.device)
-    product = flat.double() @ matrix[:, COLUMNS:].double().to(flat.device)
-    return torch.cat([flat[:, picked].float(), product.float()], 1).cpu()
+    return torch.cat([flat[:, picked], flat @ matrix[:, COLUMNS:].to(flat.device)], 1).cpu()
 
 
 @dataclass(frozen=True)
@@ -104,15 +108,25 @@ class Mark:
     @classmethod
     def of(cls, weight: Tensor, seed: int) -> Mark:
         """Of the tensor as it is sent, after the cast."""
+        mark = digest(weight, seed)
         if weight.ndim < 2:
-            return cls(digest(weight, seed), None)
-        rows = weight.detach().reshape(weight.shape[0], -1).abs().sum(1, dtype=torch.float32).cpu()
-        return cls(digest(weight, seed), ROUNDING * rows + 1e-7)
+            return cls(mark, None)
+        rows = torch.linalg.vector_norm(weight.detach().reshape(weight.shape[0], -1), 1, 1, dtype=torch.float32).cpu()
+        # A kernel in half precision sums in float32 and rounds the product once.
+        return cls(mark, ROUNDING * rows + torch.finfo(weight.dtype).eps * mark[:, COLUMNS].abs() + 1e-7)
 
     def differs(self, found: Tensor) -> str | None:
-        """Why `found` is not the digest of the tensor that was sent; None when it is."""
-        if self.digest.shape != found.shape:
-            return f"its shape is {tuple(found.shape)}, sent was {tuple(self.digest.shape)}"
+        """Why `found` is not the digest of the tensor that was sent; None when it is.
+
+        Where the engine serves several copies of a weight, `found` has their digests one under another.
+        """
+        n = len(self.digest)
+        if found.shape[1:] != self.digest.shape[1:] or not len(found) or len(found) % n:
+            return f"its digest has the shape {tuple(found.shape)}, that of what was sent {tuple(self.digest.shape)}"
+        reasons = [self._differs(copy) for copy in found.split(n)]
+        return next((f"copy {i + 1}: {why}" if i else why for i, why in enumerate(reasons) if why), None)
+
+    def _differs(self, found: Tensor) -> str | None:
         if not torch.isfinite(found).all():
             return "it holds values that are not finite"
         exact = self.digest.shape[1] if self.bound is None else COLUMNS

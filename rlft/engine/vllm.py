@@ -2,17 +2,20 @@
 
 Settings that were measured, and why: `processed_logprobs` (the default reports them before temperature); on a CPU
 blocks of 32 tokens, so that short shared prompts hit the prefix cache (the default of 128 never does on a prompt of
-43; sampling was twice as fast), and no chunked prefill (a chunked prompt with a seed of its own raises "CPU Generator
-does not use offset").
+43; sampling was twice as fast), no chunked prefill (a chunked prompt with a seed of its own raises "CPU Generator
+does not use offset"), and no inductor for vLLM's small kernels (the first request compiles them for up to 10 s, and
+fails where there is no C++ compiler).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +57,6 @@ class VllmEngine:
         options: dict[str, Any] | None = None,
     ) -> None:
         quiet(log)
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
         cpu = not torch.cuda.is_available()
         context = min(context, _longest(model))
         settings: dict[str, Any] = {
@@ -70,6 +70,7 @@ class VllmEngine:
             "enable_prefix_caching": True,
             "distributed_executor_backend": "uni",
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
         }
         if cpu:
             settings |= {"block_size": BLOCK, "enable_chunked_prefill": False}
@@ -82,8 +83,8 @@ class VllmEngine:
         if lora_rank:
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_step(lora_rank)}
         try:
-            arguments = EngineArgs(**(settings | (options or {})))
-            self._llm = LLMEngine.from_engine_args(arguments)
+            with hushed(log):
+                self._llm = _start(settings | (options or {}), cpu)
         except TypeError as error:
             raise InputError(f"rollout.engine.options: vLLM does not know one of them: {error}") from error
         except Exception as error:  # vLLM raises whatever its parts raise; its message must reach the user
@@ -99,6 +100,7 @@ class VllmEngine:
     async def generate(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
         """See `Engine.generate`."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
@@ -118,7 +120,7 @@ class VllmEngine:
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         try:
             key = self._llm.add_request(name, {"prompt_token_ids": list(prompt)}, params, lora_request=self._adapter)
-        except ValueError as error:
+        except (ValueError, VLLMValidationError) as error:
             raise InputError(f"rollout: vLLM refuses a prompt of {len(prompt)} tokens: {error}") from error
         self._open[name] = (future, self.version)
         if self._driver is None or self._driver.done():
@@ -152,11 +154,21 @@ class VllmEngine:
         if self._open:
             raise RunError(f"weights of version {version} came while {len(self._open)} requests were open")
         if isinstance(weights, Full):
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.tensors)})
+            names: list[str] = []
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _noting(weights.tensors, names)})
+            self._pack_tied(names)
         else:
             self._load_adapter(weights, version)
-        self._llm.reset_prefix_cache()
+        await self.forget()
         self.version = version
+
+    def _pack_tied(self, names: list[str]) -> None:
+        """Pack a head again whose weight is an embedding that was reloaded: reload_weights leaves its old packing."""
+        loaded = {id(self._parameter(name)) for name in names}
+        for key, modules in self._kernels().items():
+            for module in modules:
+                if key in loaded and module.weight.numel():
+                    module.quant_method.process_weights_after_loading(module)
 
     def _load_adapter(self, weights: Delta, version: int) -> None:
         from vllm.lora.request import LoRARequest
@@ -171,12 +183,12 @@ class VllmEngine:
         self._adapter = fresh
 
     async def units(self, names: Sequence[str]) -> dict[str, str]:
-        """See `Engine.units`."""
+        """See `Engine.units`: `reload_weights` rebuilds whole layers, so weight and bias belong together too."""
         found = {}
         for name in names:
             place = self._place(name)
             if place is not None:
-                found[name] = place[0]
+                found[name] = place[0].rpartition(".")[0]
         return found
 
     async def read_back(self, names: Sequence[str], seed: int) -> dict[str, Tensor]:
@@ -184,29 +196,29 @@ class VllmEngine:
         with torch.no_grad():
             adapters = {name: self._read_adapter(name, seed) for name in names if ".lora_" in name}
             plain: dict[str, Tensor] = {}
-            whole: dict[str, Tensor] = {}
+            whole: dict[str, list[Tensor]] = {}
+            kernels = self._kernels()
             for name in names:
                 place = None if name in adapters else self._place(name)
                 if place is None:
                     continue
                 target, shard = place
                 if target not in whole:
-                    whole[target] = self._read(target, seed)
-                plain[name] = whole[target][self._span(target, shard)]
+                    whole[target] = self._read(target, seed, kernels)
+                span = self._span(target, shard)
+                plain[name] = torch.cat([copy[span] for copy in whole[target]])
         return plain | {name: value for name, value in adapters.items() if value is not None}
 
     async def forget(self) -> None:
         """See `Engine.forget`."""
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise RunError("vLLM kept its prefix cache, since requests are still open")
 
     async def close(self) -> None:
         """See `Engine.close`."""
         if self._driver:
             self._driver.cancel()
         self._llm.engine_core.shutdown()
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-        cleanup_dist_env_and_memory()
 
     @property
     def _runner(self) -> Any:
@@ -239,30 +251,46 @@ class VllmEngine:
             return None
         return getattr(module, "base_layer", module)
 
-    def _read(self, target: str, seed: int) -> Tensor:
-        """The digest of a whole parameter: read where it stands, or through the kernel that it was packed for."""
+    def _parameter(self, name: str) -> Tensor | None:
+        """The engine's parameter behind a checkpoint name."""
+        place = self._place(name)
+        if place is None:
+            return None
+        path, _, leaf = place[0].rpartition(".")
+        return getattr(self._module(path), leaf)
+
+    def _kernels(self) -> dict[int, list[Any]]:
+        """The modules that multiply by a packed copy of a weight, under the id of the weight; tied ones share it."""
+        found: dict[int, list[Any]] = {}
+        for module in self._model.modules():
+            if hasattr(module, "cpu_linear"):
+                found.setdefault(id(module.weight), []).append(module)
+        return found
+
+    def _read(self, target: str, seed: int, kernels: dict[int, list[Any]]) -> list[Tensor]:
+        """Digests of every copy of a whole parameter: where it stands, and through the kernels it is packed for."""
         path, _, leaf = target.rpartition(".")
-        module = self._module(path)
-        weight = getattr(module, leaf)
-        method = getattr(module, "quant_method", None)
-        packed = leaf == "weight" and hasattr(module, "cpu_linear") and method is not None
-        if not packed:
-            return digest(weight, seed)
+        weight = getattr(self._module(path), leaf)
+        plain = [digest(weight, seed)] if weight.numel() else []
+        return plain + [self._multiplied(module, seed) for module in kernels.get(id(weight), [])]
+
+    def _multiplied(self, module: Any, seed: int) -> Tensor:
+        """The digest of a packed weight: what its kernel makes of the probe's columns."""
         width = module.input_size if hasattr(module, "input_size") else module.embedding_dim
         columns = probe(width, seed).T.contiguous().to(self._runner.model_config.dtype)
         bias, module.bias = getattr(module, "bias", None), None
         try:
-            return method.apply(module, columns).T.float().cpu()
+            return module.quant_method.apply(module, columns).T.float().cpu()
         finally:
             module.bias = bias
 
     def _span(self, target: str, shard: Any) -> slice:
-        """The rows of a fused parameter that one of its parts fills."""
+        """The rows of a parameter that one of its parts fills; an embedding is padded beyond its last row."""
+        module = self._module(target.rpartition(".")[0])
         if shard is None:
-            return slice(None)
-        sizes = self._module(target.rpartition(".")[0]).output_sizes
+            return slice(getattr(module, "org_vocab_size", None))
         index = SHARDS.get(shard, shard)
-        return slice(sum(sizes[:index]), sum(sizes[: index + 1]))
+        return slice(sum(module.output_sizes[:index]), sum(module.output_sizes[: index + 1]))
 
     def _read_adapter(self, name: str, seed: int) -> Tensor | None:
         """The digest of one adapter matrix, from the buffers that the kernels read; B comes with the scaling in it."""
@@ -289,6 +317,36 @@ def quiet(log: Path | None) -> None:
         logger.removeHandler(handler)
     logger.addHandler(logging.FileHandler(log) if log else logging.NullHandler())
     logger.setLevel(logging.INFO if log else logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def hushed(log: Path | None) -> Iterator[None]:
+    """Standard error goes to the file `log`, or nowhere: progress bars and warnings of libraries, C++ ones too."""
+    kept = os.dup(2)
+    with open(log or os.devnull, "a") as file, warnings.catch_warnings(), contextlib.redirect_stderr(file):
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _start(settings: dict[str, Any], cpu: bool) -> Any:
+    from vllm.platforms import current_platform
+
+    if cpu:  # before the modules that read it are imported
+        type(current_platform).simple_compile_backend = "eager"
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    return LLMEngine.from_engine_args(EngineArgs(**settings))
+
+
+def _noting(tensors: Iterable[tuple[str, Tensor]], names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        names.append(name)
+        yield name, tensor
 
 
 def _completion(output: Any, version: int) -> Completion:

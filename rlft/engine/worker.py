@@ -110,6 +110,7 @@ class WorkerEngine:
         try:
             return await future
         except asyncio.CancelledError:
+            self._waiting.pop(number, None)
             with contextlib.suppress(OSError, ValueError):
                 self._pipe.send((number, "cancel", ()))
             raise
@@ -240,6 +241,6 @@ async def _run(engine: Engine, method: str, arguments: tuple[Any, ...]) -> Any:
     return {name: value.numpy() for name, value in answer.items()} if method == "read_back" else answer
 
 
-def in_worker(make: Callable[..., Engine], log: Path | None = None, **settings: Any) -> WorkerEngine:
-    """Build `make(**settings)` in a process of its own."""
-    return WorkerEngine(partial(make, **settings), log=log)
+def in_worker(make: Callable[..., Engine], **settings: Any) -> WorkerEngine:
+    """Build `make(**settings)` in a process of its own, whose output goes to the engine's `log` too."""
+    return WorkerEngine(partial(make, **settings), log=settings.get("log"))

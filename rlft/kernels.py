@@ -1,0 +1,75 @@
+"""Faster float32 products on a CPU: oneDNN in place of MKL, which leaves AVX-512 unused on AMD processors.
+
+Measured on two cores of an AMD EPYC, 3500 x 576 by 576 x 1536: 475 against 210 GFLOP/s, forward and backward alike.
+Everything else (a GPU, another dtype, a build without oneDNN) goes the way it always went.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def keep_memory() -> None:
+    """Let malloc keep what it has: glibc maps every large tensor anew, and each of its pages faults in again.
+
+    A learning step of the demo had 440,000 page faults, a quarter of its CPU time; afterwards it has none.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 * 2**20)
+
+
+class FastLinear(TorchFunctionMode):
+    """While it is entered, `torch.nn.functional.linear` is computed by oneDNN where that can be."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See TorchFunctionMode."""
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear and not kwargs and _fits(*args):
+            return _Linear.apply(*args)
+        return func(*args, **kwargs)
+
+
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.ndim == 2 and x.numel() > 0
+    return AVAILABLE and plain and (bias is None or bias.dtype == torch.float32)
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b.T + bias for matrices."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        to_x = _product(grad, weight.t()).view(x.shape) if ctx.needs_input_grad[0] else None
+        to_weight = _product(grad.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None
+        to_bias = grad.sum(0) if ctx.biased and ctx.needs_input_grad[2] else None
+        return to_x, to_weight, to_bias

@@ -1,0 +1,150 @@
+"""A run in words, before any weight is loaded: data, objective, what is synced, how many tokens a step."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+
+from rlft.algorithms.catalog import entries
+from rlft.build import Material, material, served_model
+from rlft.config import Config, Local
+from rlft.envs.catalog import SingleTurnConfig
+from rlft.policy import peft_config
+from rlft.rewards.catalog import types
+from rlft.types import InputError
+
+
+def describe(config: Config) -> str:
+    """The plan as text. Raises InputError for anything that `train` would refuse before it loads a model."""
+    stuff = material(config)
+    total, trained, layers = _parameters(stuff)
+    device, dtype = served_model(stuff)
+    name = str(dtype).removeprefix("torch.")
+    adapter = f"{config.adapter.type} on {layers} layers" if config.adapter.type != "none" else "full fine-tuning"
+    lines = {
+        "run": f"{config.name}: {config.steps} steps, seed {config.seed}, into {config.out or f'runs/{config.name}'}",
+        "policy": f"{config.model.path}, {total / 1e6:.0f}M parameters in {name} on {device.type}; {adapter}: "
+        f"{trained / 1e6:.2f}M trained ({100 * trained / total:.1f}%)",
+        "data": _data(stuff),
+        "reward": _reward(config),
+        "rollouts": _rollouts(stuff),
+        "algorithm": f"{config.algorithm.type}: minimise {stuff.algorithm.formula or 'a loss of your own'}",
+        "extra passes": _passes(stuff),
+        "learner": f"{config.learner.optimizer}, lr {config.learner.lr:g} ({config.learner.scheduler}), "
+        f"{config.learner.epochs * config.learner.minibatches} optimizer step(s) per batch, "
+        f"gradients clipped at {config.learner.max_grad_norm:g}",
+        "sync": _sync(config, device),
+        "evaluation": _evaluation(stuff),
+        "kept": f"checkpoints every {config.checkpoint.every} steps, the newest {config.checkpoint.keep} and the best; "
+        "metrics.jsonl and rollouts in Parquet" + (f"; {', '.join(config.track)}" if config.track else ""),
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{key:{width}}  {value}" for key, value in lines.items())
+
+
+def catalog(what: str) -> dict[str, str]:
+    """Names and first lines of what there is to choose from. Raises InputError for an unknown kind."""
+    kinds: dict[str, dict[str, Any]] = {
+        "algorithms": dict(entries()),
+        "rewards": dict(types()),
+        "envs": {"single_turn": SingleTurnConfig},
+        "engines": {kind.model_fields["type"].default: kind for kind in _engines()},
+    }
+    if what not in kinds:
+        raise InputError(f"list: there is no kind {what!r}; it is one of {', '.join(kinds)}")
+    return {name: (kind.__doc__ or "").strip().splitlines()[0] for name, kind in kinds[what].items()}
+
+
+def _engines() -> list[Any]:
+    from rlft.config import Vllm
+
+    return [Vllm, Local]
+
+
+def _parameters(stuff: Material) -> tuple[int, int, int]:
+    """All, trained, and adapted layers, counted on a model without storage."""
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    remote = stuff.config.model.trust_remote_code
+    shape = AutoConfig.from_pretrained(stuff.model, trust_remote_code=remote)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, trust_remote_code=remote)
+        total = sum(p.numel() for p in model.parameters())
+        settings = stuff.config.adapter.settings()
+        if settings is None:
+            return total, total, 0
+        if settings["type"] == "saved":
+            from peft import PeftConfig
+
+            wrapped = get_peft_model(model, PeftConfig.from_pretrained(settings["path"]))
+        else:
+            wrapped = get_peft_model(model, peft_config(_without_init(settings)))
+    trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    return total, trained, sum(isinstance(m, BaseTunerLayer) for m in wrapped.modules())
+
+
+def _without_init(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same adapter with PEFT's plain init: one that reads the base's weights cannot run without them."""
+    return {key: value for key, value in settings.items() if key != "init_lora_weights"}
+
+
+def _data(stuff: Material) -> str:
+    if stuff.config.online:
+        text = f"{len(stuff.tasks)} tasks to train on"
+    else:
+        tokens = [sum(s.mask) for g in stuff.groups for t in g for s in t.samples]
+        text = f"{len(stuff.groups)} recorded groups, {statistics.mean(tokens):.0f} tokens to learn in each sample"
+    return text + (f", {len(stuff.held_out)} held out" if stuff.held_out else "")
+
+
+def _reward(config: Config) -> str:
+    if config.reward is None:
+        return "none: the data say what is good"
+    return f"{config.reward.type}: " + ", ".join(config.reward.components())
+
+
+def _rollouts(stuff: Material) -> str:
+    config, rollout = stuff.config, stuff.config.rollout
+    if not config.online:
+        return f"none: {rollout.tasks_per_step} recorded groups a step"
+    prompts = [len(stuff.chat.prompt(task.messages)) for task in stuff.tasks[:256]]
+    samples = rollout.tasks_per_step * rollout.group_size
+    where = rollout.engine.type + (f", place {rollout.engine.place}" if not isinstance(rollout.engine, Local) else "")
+    return (
+        f"{rollout.tasks_per_step} tasks x {rollout.group_size} samples a step at temperature "
+        f"{rollout.sampling.temperature:g} ({where}): at most {samples * rollout.sampling.max_tokens} tokens sampled, "
+        f"prompts of {statistics.mean(prompts):.0f} tokens on average, context {stuff.context}"
+    )
+
+
+def _passes(stuff: Material) -> str:
+    """The forward passes without gradients; one optimizer step a batch takes the old log-probs from the rollout."""
+    learner = stuff.config.learner
+    free = {"old_logprobs"} if learner.epochs * learner.minibatches == 1 and stuff.config.online else set()
+    paid = [need for need in stuff.algorithm.needs if need not in free]
+    return ", ".join(paid) or "none"
+
+
+def _sync(config: Config, device: torch.device) -> str:
+    if not config.online and config.data.eval is None:
+        return "none: nothing is sampled"
+    kind = config.sync.type
+    if kind == "auto":
+        kind = "merged" if device.type == "cpu" or isinstance(config.rollout.engine, Local) else "adapter if possible"
+    what = {"merged": "every changed weight, merged, with its fused neighbours", "adapter": "the adapter"}
+    when = "after every step" if config.online else "before every evaluation"
+    return f"{kind}, {when}: {what.get(kind, 'the adapter, else merged weights')}; proved by read-back and by sampling"
+
+
+def _evaluation(stuff: Material) -> str:
+    if not stuff.held_out or stuff.config.reward is None:
+        return "none"
+    block = stuff.config.eval
+    component = block.accuracy or stuff.config.reward.components()[0]
+    every = f", every {block.every} steps" if block.every else ""
+    more = f", pass@{block.samples}" if block.samples > 1 else ""
+    return f"before, after{every}: share of {len(stuff.held_out)} tasks with {component} = 1, greedy{more}"

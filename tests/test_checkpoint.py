@@ -1,0 +1,189 @@
+"""A checkpoint is whole or not there, gives back all it was taken from, and the right ones are kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlft import checkpoint
+from rlft.algorithms import credit, losses, select, weigh
+from rlft.algorithms.base import Algorithm
+from rlft.batch import Batch
+from rlft.checkpoint import Checkpoints, load_trained, read_state, restore
+from rlft.learner import Learner, Schedule
+from rlft.policy import Policy
+from rlft.source import Recorded
+from rlft.types import Group, InputError
+
+GRPO = Algorithm(
+    select=select.everything, credit=credit.group_relative, weigh=weigh.by_token,
+    loss=partial(losses.clipped, low=0.2, high=0.2), needs=("old_logprobs",),
+)  # fmt: skip
+LORA = {"type": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}
+
+
+@dataclass
+class Training:
+    """A learner, its source, and a batch to step on."""
+
+    learner: Learner
+    source: Recorded
+    batch: Batch
+
+    def steps(self, count: int) -> list[float]:
+        return [self.learner.update(self.batch, GRPO)["loss/grad_norm"] for _ in range(count)]
+
+    def values(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self.learner.policy.trainable()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(kept)
+
+
+@pytest.fixture
+def begin(tiny_model: Path, make_groups: Callable[..., list[Group]]) -> Callable[..., Training]:
+    def make(adapter: dict | None = LORA, optimizer: str = "adamw", seed: int = 0) -> Training:
+        groups = make_groups(4, 4)
+        schedule = Schedule(
+            lr=1e-2, steps=8, optimizer=optimizer, scheduler="cosine", warmup_steps=2, minibatches=2
+        )
+        learner = Learner(Policy(tiny_model, adapter, device="cpu", seed=seed), schedule, seed=seed)
+        return Training(learner, Recorded(groups, 3, seed), Batch.of(groups))
+
+    return make
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "sgd"])
+@pytest.mark.parametrize("adapter", [LORA, None], ids=["lora", "full"])
+def test_training_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, begin: Callable[..., Training], adapter: dict | None, optimizer: str
+) -> None:
+    first = begin(adapter, optimizer)
+    first.steps(3)
+    drawn = [first.source._deck.at(i) for i in range(9)]
+    first.source._position = 5
+    kept = Checkpoints(tmp_path, 2).save(3, first.learner, first.source)
+    torch_state = torch.get_rng_state()
+    expected = first.steps(2)
+
+    second = begin(adapter, optimizer, seed=1)
+    second.source = Recorded(second.source._groups, 3, 0)
+    torch.manual_seed(5)
+    assert restore(kept, second.learner, second.source) == 3
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert second.steps(2) == expected
+    assert all(torch.equal(value, first.values()[name]) for name, value in second.values().items())
+    assert second.learner.scheduler.get_last_lr() == first.learner.scheduler.get_last_lr()
+    assert [second.source._deck.at(i) for i in range(9)] == drawn
+    assert second.source._position == 5
+
+
+@pytest.mark.parametrize("lost", ["optimizer.safetensors", "state.json", "random.safetensors"])
+def test_each_part_of_a_checkpoint_counts(tmp_path: Path, begin: Callable[..., Training], lost: str) -> None:
+    """The comparison above fails when one part is of another time: with it, resuming is not bit-exact."""
+    first = begin()
+    checkpoints = Checkpoints(tmp_path, 5)
+    early = checkpoints.save(0, first.learner, first.source) if lost != "optimizer.safetensors" else None
+    first.steps(1)
+    early = early or checkpoints.save(1, first.learner, first.source)
+    first.steps(2)
+    kept = checkpoints.save(3, first.learner, first.source)
+    (kept / lost).write_bytes((early / lost).read_bytes())
+    expected = first.steps(2)
+    second = begin(seed=1)
+    restore(kept, second.learner, second.source)
+    assert second.steps(2) != expected
+
+
+def test_a_checkpoint_holds_the_adapter_in_peft_s_format(tmp_path: Path, begin: Callable[..., Training]) -> None:
+    training = begin()
+    kept = Checkpoints(tmp_path, 1).save(1, training.learner, training.source)
+    assert {p.name for p in (kept / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert not [p for p in kept.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")], "nothing is pickled"
+
+
+def test_the_newest_and_the_best_stay(tmp_path: Path, begin: Callable[..., Training]) -> None:
+    training = begin()
+    checkpoints = Checkpoints(tmp_path, 2)
+    for step, accuracy in enumerate([0.1, 0.5, 0.5, None, 0.2, 0.3], 1):
+        assert checkpoints.improved(step, accuracy) == (step in (1, 2)), "a tie is no improvement"
+        checkpoints.save(step, training.learner, training.source)
+    assert checkpoints.steps() == [2, 5, 6]
+    assert checkpoints.latest() == 6
+    again = Checkpoints(tmp_path, 2)
+    assert again.best == (0.5, 2), "a resumed run knows the best"
+    assert not again.improved(7, 0.4)
+    assert again.improved(8, 0.6)
+    again.save(8, training.learner, training.source)
+    assert again.steps() == [6, 8]
+
+
+def test_a_save_that_fails_leaves_what_was_there(
+    tmp_path: Path, begin: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = begin()
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(1, training.learner, training.source)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_flush", full)
+    for step in (1, 2):
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(step, training.learner, training.source)
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_an_unfinished_checkpoint_is_none(tmp_path: Path) -> None:
+    """What a kill leaves behind has another name, so that it is never taken for a checkpoint."""
+    (tmp_path / ".writing-000007-123").mkdir()
+    (tmp_path / "step-7").mkdir()
+    assert Checkpoints(tmp_path, 1).latest() is None
+    assert Checkpoints(tmp_path / "none", 1).steps() == []
+
+
+def test_what_an_earlier_kill_left_is_cleared_by_the_next_save(tmp_path: Path, begin: Callable[..., Training]) -> None:
+    training = begin()
+    (tmp_path / ".writing-000007-123").mkdir()
+    Checkpoints(tmp_path, 1).save(8, training.learner, training.source)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000008"]
+
+
+def test_the_parameters_of_another_policy_are_refused(tmp_path: Path, begin: Callable[..., Training]) -> None:
+    first = begin()
+    kept = Checkpoints(tmp_path, 1).save(1, first.learner, first.source)
+    for adapter in ({**LORA, "r": 4}, {**LORA, "target_modules": ["q_proj"]}, None):
+        other = begin(adapter)
+        before = other.values()
+        with pytest.raises(InputError, match="its parameters are not those"):
+            load_trained(kept, other.learner)
+        assert all(torch.equal(value, before[name]) for name, value in other.values().items())
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="this is not a checkpoint"):
+        read_state(tmp_path)
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(InputError, match="this is not a checkpoint"):
+        read_state(tmp_path)
+
+
+def test_the_state_is_readable(tmp_path: Path, begin: Callable[..., Training]) -> None:
+    training = begin()
+    state = json.loads((Checkpoints(tmp_path, 1).save(4, training.learner, training.source) / "state.json").read_text())
+    assert state["step"] == 4
+    assert state["source"] == {"position": 0}

@@ -1,0 +1,197 @@
+"""Rows become tasks and groups; a bad row is refused by its number, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlft.chat import Chat
+from rlft.data import check_lengths, read, recorded, tasks
+from rlft.generated import sums
+from rlft.types import InputError
+
+ROWS = [{"question": f"What is {i}?", "answer": str(i)} for i in range(8)]
+ASKED = {"prompt": "question"}
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_model: Path) -> Chat:
+    return Chat(tiny_model)
+
+
+def lines(path: Path, *rows: Any) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def test_three_formats_give_the_same_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ROWS, indent=1))
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert read(lines(tmp_path / "a.jsonl", *ROWS)) == ROWS
+    assert read(str(tmp_path / "a.json")) == ROWS
+    assert read(str(tmp_path / "a.parquet")) == ROWS
+    assert read(str(tmp_path / "a.jsonl"), limit=3) == ROWS[:3]
+
+
+def test_a_row_is_a_task_with_what_its_grader_needs() -> None:
+    task = tasks(ROWS, {"prompt": "question", "gold": "answer"}, "train")[2]
+    assert task.id == "train:3"
+    assert task.messages == ({"role": "user", "content": "What is 2?"},)
+    assert task.info == {"gold": "2"}
+
+
+def test_a_prompt_may_be_messages() -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert tasks([{"messages": turns}], {}, "train")[0].messages == tuple(turns)
+    assert tasks([{"prompt": turns}], {}, "train")[0].messages == tuple(turns)
+
+
+@pytest.mark.parametrize("prompt", [None, "", "  ", [], 3, [{"role": "user"}], [{"content": "Hi"}], ["Hi"]])
+def test_rows_without_a_prompt_are_numbered(prompt: Any) -> None:
+    rows = [*ROWS[:2], {"question": prompt}, ROWS[3], {"question": prompt}]
+    with pytest.raises(InputError, match=r"train: 2 row\(s\) where prompt is .*: 3, 5$"):
+        tasks(rows, ASKED, "train")
+
+
+def test_a_row_that_lacks_the_column_is_numbered() -> None:
+    with pytest.raises(InputError, match=r"1 row\(s\) where prompt is null or missing: 2$"):
+        tasks([ROWS[0], {"answer": "2"}, ROWS[2]], ASKED, "train")
+
+
+def test_many_bad_rows_are_not_all_listed() -> None:
+    with pytest.raises(InputError, match=r"20 row\(s\) where prompt is null or missing: 1, 2, 3, 4, 5 \.\.\.$"):
+        tasks([{"question": None}] * 20, ASKED, "train")
+
+
+def test_a_column_that_is_not_there() -> None:
+    with pytest.raises(InputError, match=r"data\.columns\.prompt: train has no column 'text'; it has answer, question"):
+        tasks(ROWS, {"prompt": "text"}, "train")
+    with pytest.raises(InputError, match=r"data\.columns\.prompt: train has no column 'prompt'; say which"):
+        tasks(ROWS, {}, "train")
+
+
+def test_messages_that_are_answered_already_leave_nothing_to_ask() -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    with pytest.raises(InputError, match="end with the assistant.*: 2$"):
+        tasks([{"messages": turns[:1]}, {"messages": turns}], {}, "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no rows"),
+        ("\n\n", "holds no rows"),
+        ('{"a": 1}\n{"a": \n', "line 2 is not JSON"),
+        ('{"a": 1}\n\n[1]\n', "it is not a JSON object"),
+    ],
+)
+def test_a_file_that_is_not_lines_of_json(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=said) as caught:
+        read(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_files_that_do_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[{]")
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": "\xff\xfe"}\n')
+    (tmp_path / "a.parquet").write_text("no")
+    for name in ("a.json", "a.jsonl", "a.parquet"):
+        with pytest.raises(InputError, match=name):
+            read(str(tmp_path / name))
+    with pytest.raises(InputError, match="there is no file .*gone.jsonl"):
+        read(str(tmp_path / "gone.jsonl"))
+
+
+def test_a_data_set_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="'nobody/nothing' is neither a file here nor a data set that the hub gives"):
+        read("nobody/nothing")
+
+
+def test_a_demonstration_is_a_group_of_one(chat: Chat) -> None:
+    (group,) = recorded([{"prompt": "What is 1?", "completion": "one"}], {}, "train", chat)
+    (trajectory,) = group
+    sample = trajectory.samples[0]
+    said = [token for token, chosen in zip(sample.tokens, sample.mask, strict=True) if chosen]
+    assert chat.decode(said) == "one"
+    assert said[-1] == chat.end, "when to stop is learned too"
+    assert chat.prompt(trajectory.task.messages) == sample.tokens[: -len(said)]
+    assert all(math.isnan(x) for x in sample.logprobs)
+    assert (trajectory.score, sample.version) == (1.0, -1)
+
+
+def test_messages_demonstrate_their_last_turn(chat: Chat) -> None:
+    turns = [{"role": "user", "content": "What is 1?"}, {"role": "assistant", "content": "one"}]
+    (said,) = recorded([{"messages": turns}], {}, "train", chat)[0]
+    (plain,) = recorded([{"prompt": "What is 1?", "completion": "one"}], {}, "train", chat)[0]
+    assert (said.completion, said.task.messages) == ("one", plain.task.messages)
+    assert (said.samples[0].tokens, said.samples[0].mask) == (plain.samples[0].tokens, plain.samples[0].mask)
+
+
+def test_a_pair_is_a_group_of_two(chat: Chat) -> None:
+    (group,) = recorded([{"q": "Hi", "chosen": "one", "rejected": "two"}], {"prompt": "q"}, "train", chat)
+    assert [(t.completion, t.score) for t in group] == [("one", 1.0), ("two", 0.0)]
+
+
+def test_scored_completions_are_a_group(chat: Chat) -> None:
+    rows = [{"prompt": "Hi", "completions": ["one", "two", "three"], "scores": [0.5, -1, 2]}]
+    (group,) = recorded(rows, {}, "train", chat)
+    assert [(t.completion, t.score) for t in group] == [("one", 0.5), ("two", -1.0), ("three", 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "Hi"}, "completion is empty, null or missing"),
+        ({"prompt": "Hi", "completion": None}, "completion is empty, null or missing"),
+        ({"prompt": "Hi", "completion": " "}, "completion is empty, null or missing"),
+        ({"prompt": None, "completion": "one"}, "prompt is empty, null or missing"),
+        ({"completion": "one"}, "prompt is empty, null or missing"),
+        ({"prompt": "Hi", "chosen": "one", "rejected": None}, "rejected is empty, null or missing"),
+        ({"prompt": "Hi", "completions": ["one"], "scores": [1, 2]}, "not two lists of one length"),
+        ({"prompt": "Hi", "completions": [], "scores": []}, "not two lists of one length"),
+        ({"prompt": "Hi", "completions": ["one"], "scores": [None]}, "score"),
+        ({"prompt": "Hi", "completions": ["one"], "scores": ["good"]}, "score"),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, "do not end with an answer"),
+    ],
+)
+def test_a_bad_recorded_row_is_numbered(chat: Chat, row: dict[str, Any], said: str) -> None:
+    good = {"prompt": "Hi", "completion": "one"}
+    with pytest.raises(InputError, match=rf"1 row\(s\) where .*{said}.*: 2$"):
+        recorded([good, row, good], {}, "train", chat)
+
+
+def test_what_is_too_long_is_named() -> None:
+    with pytest.raises(InputError, match=r"2 prompts are longer than 10 tokens.* the longest is b with 12.*Rows: b, c"):
+        check_lengths([("a", 10), ("b", 12), ("c", 11)], 10, "prompts are")
+    check_lengths([("a", 10)], 10, "prompts are")
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_whole_pairs_of_sums_are_held_out(digits: int) -> None:
+    """Neither order of a held-out pair is trained on, and at least a fifth is held out."""
+
+    def pairs(split: str) -> set[tuple[int, int]]:
+        rows = sums(digits, split, 0.2, 0)
+        found = [tuple(map(int, row["question"].removeprefix("What is ").partition("?")[0].split("+"))) for row in rows]
+        assert [sum(pair) for pair in found] == [int(row["answer"]) for row in rows]
+        assert len(set(found)) == len(found)
+        return set(found)  # type: ignore[arg-type]
+
+    train, held = pairs("train"), pairs("eval")
+    assert not train & held
+    for side in (train, held):
+        assert {(b, a) for a, b in side} == side
+    numbers = 10 if digits == 1 else 90
+    assert len(train | held) == numbers**2
+    assert len({tuple(sorted(pair)) for pair in held}) >= 0.2 * numbers * (numbers + 1) / 2 - 0.5
