@@ -6,6 +6,7 @@ A user's own enters as `type: custom, path: my_pkg.mine:build`, where `build(**o
 from __future__ import annotations
 
 import importlib
+import math
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
@@ -100,7 +101,7 @@ class Sft(Knobs):
 
     def build(self) -> Algorithm:
         return Algorithm(
-            select=select.everything,
+            select=select.best(1, -math.inf),  # of a pair the chosen one, of scored completions the best
             credit=credit.uniform,
             weigh=weigh.by_token,
             loss=losses.likelihood,

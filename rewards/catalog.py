@@ -17,14 +17,15 @@ from rlft.rewards.math import Math
 from rlft.rewards.shape import Format, Length
 from rlft.types import Reward
 
-TAKEN = ("mean", "std", "missing")  # the trainer logs reward/mean, reward/std and reward/missing itself
+# The trainer logs these itself, as reward/<name> or eval/<name>.
+TAKEN = ("mean", "std", "missing", "accuracy", "reward", "tasks", "tokens_mean", "truncated")
 
 
 def _term_name(name: str) -> str:
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"'{name}' cannot name a term, being logged as reward/<name>: use letters, digits, - and _")
     if name in TAKEN:
-        raise ValueError(f"'{name}' cannot name a term: reward/{name} is logged for every run. Choose another name.")
+        raise ValueError(f"'{name}' cannot name a term: that name is logged for every run. Choose another name.")
     return name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from rlft.build import Material, assemble, make_policy, material
 from rlft.chat import Chat
-from rlft.checkpoint import Checkpoints, load_trained
+from rlft.checkpoint import Checkpoints, disk_errors, load_trained
 from rlft.config import Config
 from rlft.learner import Learner, Schedule
 from rlft.models import locate
@@ -55,8 +56,14 @@ def export(run: Path, to: Path, merged: bool, step: int | None) -> str:
         raise InputError(f"--to: {to} is not empty; choose a new folder")
     policy = _policy(config, folder)
     whole = merged or not policy.is_peft
-    policy.save_merged(to) if whole else policy.save_adapter(to)
-    Chat(policy.path, config.model.chat_template).tokenizer.save_pretrained(str(to))
+    try:
+        with disk_errors(to):
+            policy.save_merged(to) if whole else policy.save_adapter(to)
+            chat = Chat(policy.path, config.model.chat_template, config.model.trust_remote_code)
+            chat.tokenizer.save_pretrained(str(to))
+    except BaseException:
+        shutil.rmtree(to, ignore_errors=True)
+        raise
     what, how = ("merged model", "AutoModelForCausalLM.from_pretrained or vllm.LLM") if whole else (
         "adapter", "PeftModel.from_pretrained or a vLLM LoRARequest")  # fmt: skip
     return f"{what} of {folder.name} in {to}; load it with {how}"
@@ -65,14 +72,14 @@ def export(run: Path, to: Path, merged: bool, step: int | None) -> str:
 def sample(run: str, prompt: str | None, temperature: float, max_tokens: int) -> None:
     """Answer one prompt, or ask for prompts until an empty line; of a run, base and tuned side by side."""
     folder = Path(run)
-    if (folder / "config.yaml").is_file():
+    tuned = (folder / "config.yaml").is_file()
+    if tuned:
         config = of_run(folder)
         policy = _policy(config, _chosen(folder, None))
-        chat = Chat(policy.path, config.model.chat_template)
+        chat = Chat(policy.path, config.model.chat_template, config.model.trust_remote_code)
     else:
         policy = Policy(locate(run), {"type": "lora", "target_modules": "all-linear"})
         chat = Chat(policy.path)
-        folder = Path()
     console = Console()
     while True:
         asked = prompt if prompt is not None else console.input("[bold]prompt (empty to end)[/bold]: ")
@@ -81,7 +88,7 @@ def sample(run: str, prompt: str | None, temperature: float, max_tokens: int) ->
         table = Table(show_header=True)
         answers = [_answer(policy, chat, asked, temperature, max_tokens, base=True)]
         table.add_column("base", overflow="fold")
-        if folder != Path():
+        if tuned:
             table.add_column("tuned", overflow="fold")
             answers.append(_answer(policy, chat, asked, temperature, max_tokens, base=False))
         table.add_row(*[answer.replace("[", r"\[") for answer in answers])

@@ -94,7 +94,7 @@ def material(config: Config) -> Material:
     if settings is not None and settings["type"] != "saved":
         peft_config(settings)
     model = locate(config.model.path)
-    chat = Chat(model, config.model.chat_template)
+    chat = Chat(model, config.model.chat_template, config.model.trust_remote_code)
     tasks: list[Task] = []
     groups: list[Group] = []
     columns = config.data.columns
@@ -160,7 +160,9 @@ def start_engine(stuff: Material, policy: Policy, kind: str, log: Path | None) -
     """The engine of the config, serving the policy's model before training."""
     block = stuff.config.rollout.engine
     if isinstance(block, Local):
-        return LocalEngine(stuff.model, policy.dtype, policy.device, block.max_sequences, stuff.chat.tokenizer)
+        remote = stuff.config.model.trust_remote_code
+        limit = block.max_sequences
+        return LocalEngine(stuff.model, policy.dtype, policy.device, limit, stuff.chat.tokenizer, remote)
     settings: dict[str, Any] = {
         "model": stuff.model,
         "dtype": policy.dtype,
@@ -171,7 +173,7 @@ def start_engine(stuff: Material, policy: Policy, kind: str, log: Path | None) -
         "lora_rank": adapter_rank(policy) if kind == "adapter" else 0,
         "seed": stuff.config.seed,
         "log": log,
-        "options": block.options,
+        "options": {"trust_remote_code": stuff.config.model.trust_remote_code, **block.options},
     }
     _refuse_options(block)
     return VllmEngine(**settings) if block.place == "here" else in_worker(VllmEngine, **settings)

@@ -22,9 +22,9 @@ class Chat:
     Jinja file.
     """
 
-    def __init__(self, model: Path, template: str = "auto") -> None:
+    def __init__(self, model: Path, template: str = "auto", trust_remote_code: bool = False) -> None:
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             raise InputError(f"model.path: the tokenizer in {model} does not load: {error}") from error
         if template not in ("auto", "none"):

@@ -10,11 +10,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,10 +63,13 @@ class Checkpoints:
     def save(self, step: int, learner: Learner, source: Source) -> Path:
         """Write version `step`. On any failure nothing is left but what was there before."""
         self._folder.mkdir(parents=True, exist_ok=True)
+        for left in self._folder.glob(".writing-*"):  # by a process that was killed
+            shutil.rmtree(left)
         scratch = self._folder / f".writing-{step:06d}-{os.getpid()}"
         try:
             scratch.mkdir()
-            write(scratch, step, learner, source, self.best)
+            with disk_errors(scratch):
+                write(scratch, step, learner, source, self.best)
             _flush(scratch)
             target = self.path(step)
             if target.exists():
@@ -81,6 +86,18 @@ class Checkpoints:
         for step in self.steps():
             if step not in kept:
                 shutil.rmtree(self.path(step))
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """safetensors hides what the disk said in a text of its own; raise it as the OSError that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
 
 
 def write(folder: Path, step: int, learner: Learner, source: Source, best: tuple[float, int] | None) -> None:

@@ -126,6 +126,7 @@ def list_(
 
 def main() -> None:
     """Run a command; every expected failure is one message and an exit code."""
+    sys.path.append(os.getcwd())  # where a user's own rewards and algorithms stand
     try:
         app()
     except InputError as error:

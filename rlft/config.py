@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from rlft.algorithms.catalog import AlgorithmConfig
 from rlft.envs.catalog import EnvConfig
@@ -64,7 +64,7 @@ class Generated(Block):
 
     type: Literal["generated"] = "generated"
     digits: int = Field(default=1, ge=1, le=3, description="of each number")
-    split: Literal["train", "eval"] = Field(default="train", description="which side of the held-out pairs")
+    split: Literal["train", "eval"] = Field(default="train", description="side of the held-out pairs; under eval: eval")
     holdout: float = Field(default=0.2, gt=0, lt=1, description="share of unordered pairs that is held out")
     seed: int = Field(default=0, description="chooses the held-out pairs")
     limit: int | None = Field(default=None, ge=1, description="only so many rows, after shuffling by the seed")
@@ -86,9 +86,11 @@ class Data(Block):
 
     @field_validator("train", "eval", mode="before")
     @classmethod
-    def _plain(cls, value: Any) -> Any:
+    def _plain(cls, value: Any, field: ValidationInfo) -> Any:
         if isinstance(value, str):
             return {"type": "file", "path": value}
+        if isinstance(value, dict) and value.get("type") == "generated":
+            return {"split": field.field_name, **value}
         return {"type": "file", **value} if isinstance(value, dict) and "type" not in value else value
 
 
@@ -289,7 +291,7 @@ def _source_problem(config: Config) -> str | None:
     if config.algorithm.source == "rollouts" and recorded:
         return (
             f"data.columns.{recorded[0]}: {config.algorithm.type} learns from its own samples, whose log-probs it "
-            "needs; recorded completions have none. Remove that role, or choose an algorithm that learns from recorded data."
+            "needs; recorded completions have none. Remove that role, or choose an algorithm for recorded data."
         )
     return None
 

@@ -130,8 +130,12 @@ def _rename(rows: Sequence[Row], columns: Mapping[str, str], name: str) -> list[
     for role, column in columns.items():
         if column not in have:
             raise InputError(f"data.columns.{role}: {name} has no column {column!r}; it has {', '.join(sorted(have))}")
-    back = {column: role for role, column in columns.items()}
-    return [{back.get(key, key): value for key, value in row.items()} for row in rows]
+    named = set(columns.values())
+    kept = [{key: value for key, value in row.items() if key not in named} for row in rows]
+    return [
+        left | {role: row[column] for role, column in columns.items() if column in row}
+        for left, row in zip(kept, rows, strict=True)
+    ]
 
 
 def _require(rows: Sequence[Row], role: str, columns: Mapping[str, str], name: str) -> None:

@@ -21,9 +21,8 @@ Finding = tuple[bool, str, str]  # good, what was found, the fix
 def examine(run: Path | None) -> tuple[str, bool]:
     """The report, and whether all is well. A missing hub is said, but is not a fault."""
     checks: list[Callable[[], Finding]] = [_python, _packages, _device, _engine, _memory, _disk, _model, _hub]
-    findings = [check() for check in checks]
-    if run is not None:
-        findings.append(_run(run))
+    of_run = [_run(run)] if run is not None else []
+    findings = [check() for check in checks] + of_run
     lines = []
     for good, found, fix in findings:
         lines.append(f"{'ok  ' if good else 'MEND'}  {found}")

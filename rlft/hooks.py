@@ -40,8 +40,8 @@ class Around:
     async def after(self, step: int, groups: list[Group], chosen: list[Group], metrics: dict[str, float]) -> None:
         """See `Hooks.after`."""
         begun = time.perf_counter()
-        self._note_advantages(chosen)
         row = summary(groups) | metrics
+        self._note_advantages(chosen)
         self._record.trajectories("rollouts", step, groups)
         last = step == self._config.steps
         improved = False
@@ -60,10 +60,14 @@ class Around:
         if self._due(self._config.show.every, step):
             self._terminal.samples(step, groups, self._config.show.samples)
 
+    def keep(self, step: int) -> None:
+        """Save what was learned up to `step`, if that is not done yet."""
+        if step > 0 and step != self._saved:
+            self._save(step)
+
     async def finish(self, step: int, stopped: bool) -> None:
         """See `Hooks.finish`: what was learned is kept, and the user is told how to go on."""
-        if step > 0 and step != self._saved and step not in self._checkpoints.steps():
-            self._save(step)
+        self.keep(step)
         self._terminal.end()
         if stopped:
             self._terminal.stopped(step, self._config.steps, self._record.folder)

@@ -271,6 +271,7 @@ class Learner:
             )
         if grads:
             self.optimizer.step()
+            self.policy.stepped(self.scheduler.last_epoch + 1)
         self.optimizer.zero_grad(set_to_none=True)
         self._step_schedule(1)
         return norm

@@ -96,6 +96,12 @@ class Policy:
         """Names and parameters that the optimizer moves, in a fixed order."""
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
+    def stepped(self, step: int) -> None:
+        """Tell an adapter that adapts itself (AdaLoRA's ranks) that the optimizer took its step number `step`."""
+        allocate = getattr(getattr(self.model, "base_model", None), "update_and_allocate", None)
+        if allocate is not None:
+            allocate(step)
+
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
         """The model the policy started from, for as long as the block runs."""

@@ -19,7 +19,7 @@ from rlft.settings import dump, load
 from rlft.terminal import Terminal
 from rlft.track import Record, trackers
 from rlft.trainer import Run, train
-from rlft.types import InputError
+from rlft.types import InputError, RunError
 
 STOPPED = 130
 
@@ -28,10 +28,7 @@ def begin(config: Config, terminal: Terminal) -> int:
     """Train from the start in a new folder. Returns the exit code."""
     stuff = material(config)
     folder = run_folder(config.out, config.name)
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(
-            f"out: {folder} already holds a run. Go on with it: rlft resume {folder}; or choose another: out=..."
-        )
+    _refuse_occupied(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, config)
     try:
@@ -51,6 +48,17 @@ def resume(folder: Path, overrides: list[str], terminal: Terminal) -> int:
         return 0
     stuff = material(config)
     return asyncio.run(_session(stuff, folder, newest, terminal))
+
+
+def _refuse_occupied(folder: Path) -> None:
+    """A folder with anything in it, but for what a run leaves that failed before its first step."""
+    inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if inside & {"metrics.jsonl", "rollouts", "checkpoints"}:
+        raise InputError(
+            f"out: {folder} already holds a run. Go on with it: rlft resume {folder}; or choose another: out=..."
+        )
+    if folder.is_file() or inside - {"config.yaml", "engine.log"}:
+        raise InputError(f"out: {folder} is in use by something else; choose another: out=...")
 
 
 def of_run(folder: Path, overrides: list[str] | None = None) -> Config:
@@ -87,8 +95,13 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
         write_config(folder, config)  # only now: overrides that the checkpoint does not fit must not stay
         around = Around(parts, record, checkpoints, terminal)
         run = Run(config.steps, parts.source, stuff.algorithm, parts.learner, _sync(parts), around)
-        with _interruptible(run.stop, terminal):
-            await train(run, start)
+        try:
+            with _interruptible(run.stop, terminal):
+                await train(run, start)
+        except RunError:
+            if run.complete is not None:  # it failed between steps: nothing that was learned is lost
+                around.keep(run.complete)
+            raise
         return STOPPED if run.stopping else 0
     finally:
         terminal.end()

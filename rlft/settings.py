@@ -84,8 +84,10 @@ def _anchor(plain: dict[str, Any], folder: Path) -> None:
         for part in path:
             block = block.get(part) if isinstance(block, dict) else None
         value = block.get(leaf) if isinstance(block, dict) else None
-        if isinstance(value, str) and (folder / value).exists():
-            block[leaf] = str((folder / value).resolve())
+        for where in (folder, Path()):
+            if isinstance(value, str) and (where / value).exists():
+                block[leaf] = str((where / value).resolve())
+                break
 
 
 def _explain(error: Any, plain: Mapping[str, Any]) -> str:

@@ -42,6 +42,7 @@ class Run:
     sync: Callable[[int], Awaitable[dict[str, float]]]
     hooks: Hooks
     stopping: bool = False
+    complete: int | None = None  # the step that learner and source stand after; None in the middle of one
     _drawing: asyncio.Task[list[Group]] | None = field(default=None, repr=False)
 
     async def draw(self) -> list[Group]:
@@ -67,13 +68,13 @@ async def train(run: Run, start: int = 0) -> None:
     """Steps `start + 1` to `run.steps`. Step n trains on samples of version n - 1 and makes version n."""
     await run.sync(start)
     await run.hooks.before(start)
-    step = start
+    step = run.complete = start
     while step < run.steps and not run.stopping:
         begun = time.perf_counter()
         groups = await run.draw()
         if not groups:
             break
-        step += 1
+        step, run.complete = step + 1, None
         drawn = time.perf_counter()
         chosen = run.algorithm.select(groups)
         metrics = {**run.source.metrics, **run.learner.update(Batch.of(chosen), run.algorithm)}
@@ -81,4 +82,5 @@ async def train(run: Run, start: int = 0) -> None:
         metrics |= await run.sync(step)
         metrics["time/step"] = time.perf_counter() - begun
         await run.hooks.after(step, groups, chosen, metrics)
+        run.complete = step
     await run.hooks.finish(step, run.stopping)

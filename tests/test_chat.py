@@ -119,6 +119,15 @@ def test_a_short_answer_that_looks_like_the_template(chatml: Chat) -> None:
     )
 
 
+def test_an_answer_that_the_template_trims(tiny_model: Path, tmp_path: Path) -> None:
+    """What was sampled keeps its spaces; what follows it is the same."""
+    chat = _chat(tiny_model, tmp_path, TEMPLATES["contents are trimmed"][0])
+    spaced: Message = {"role": "assistant", "content": "  The answer is 46. "}
+    for last in (2, 100):
+        told = chat.suffix((USER, spaced), (USER, spaced, MORE), last)
+        assert told == chat.suffix((USER, ANSWER), (USER, ANSWER, MORE), last)
+
+
 @pytest.mark.parametrize("asked", [(USER,), (SYSTEM, USER), (USER, ANSWER, MORE)])
 def test_a_demonstration_is_the_prompt_and_the_answer_up_to_its_end(chatml: Chat, asked: tuple[Message, ...]) -> None:
     prompt, said = chatml.demonstration((*asked, ANSWER_TWO))

@@ -55,9 +55,7 @@ def one_thread() -> Iterator[None]:
 def begin(tiny_model: Path, make_groups: Callable[..., list[Group]]) -> Callable[..., Training]:
     def make(adapter: dict | None = LORA, optimizer: str = "adamw", seed: int = 0) -> Training:
         groups = make_groups(4, 4)
-        schedule = Schedule(
-            lr=1e-2, steps=8, optimizer=optimizer, scheduler="cosine", warmup_steps=2, minibatches=2
-        )
+        schedule = Schedule(lr=1e-2, steps=8, optimizer=optimizer, scheduler="cosine", warmup_steps=2, minibatches=2)
         learner = Learner(Policy(tiny_model, adapter, device="cpu", seed=seed), schedule, seed=seed)
         return Training(learner, Recorded(groups, 3, seed), Batch.of(groups))
 

@@ -39,7 +39,7 @@ def test_which_pairs_depends_on_seed_and_digits_alone() -> None:
     assert sums(1, "eval", 0.2, 0) != sums(1, "eval", 0.2, 1)
     assert sums(1, "eval", 0.2, 0)[:2] == [
         {"question": "What is 9+9? Answer with a number only.", "answer": "18"},
-        {"question": "What is 2+5? Answer with a number only.", "answer": "7"},
+        {"question": "What is 3+4? Answer with a number only.", "answer": "7"},
     ], "pinned: results measured on this split stay comparable"
 
 

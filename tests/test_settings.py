@@ -142,9 +142,7 @@ def test_the_dump_loads_to_the_same_config(file: Path) -> None:
         ({"reward.terms.bare.pattern": "("}, ["reward.terms.bare.pattern: ", "regular expression"]),
     ],
 )
-def test_a_mistake_is_one_message_that_names_the_key(
-    tmp_path: Path, changes: dict[str, Any], said: list[str]
-) -> None:
+def test_a_mistake_is_one_message_that_names_the_key(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(with_(changes), sort_keys=False))
     message = refused(path)

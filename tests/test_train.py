@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from rlft.batch import Batch
 from rlft.build import material
-from rlft.checkpoint import load_trained
 from rlft.chat import Chat
+from rlft.checkpoint import load_trained
 from rlft.data import read, recorded
 from rlft.learner import Learner, Schedule
 from rlft.policy import Policy
@@ -32,13 +32,32 @@ from rlft.terminal import Terminal
 from rlft.track import SCHEMA
 from rlft.types import InputError, RunError
 
-WORDS = "one two three four five six seven eight nine ten".split()
-RUN_METRICS = (
-    "step reward/mean reward/std completion/tokens_mean completion/truncated loss/total loss/grad_norm "
-    "parity/logprob_max parity/logprob_mean sync/version sync/seconds time/step time/generate time/reward time/learn "
-    "time/sync tokens/generated tokens/trained policy/entropy policy/ratio_max policy/clip_fraction "
-    "advantage/zero_groups learner/lr"
-).split()
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+RUN_METRICS = [
+    "step",
+    "reward/mean",
+    "reward/std",
+    "completion/tokens_mean",
+    "completion/truncated",
+    "loss/total",
+    "loss/grad_norm",
+    "parity/logprob_max",
+    "parity/logprob_mean",
+    "sync/version",
+    "sync/seconds",
+    "time/step",
+    "time/generate",
+    "time/reward",
+    "time/learn",
+    "time/sync",
+    "tokens/generated",
+    "tokens/trained",
+    "policy/entropy",
+    "policy/ratio_max",
+    "policy/clip_fraction",
+    "advantage/zero_groups",
+    "learner/lr",
+]
 REWARDS = '''
 """Toy rewards; `fail_at` lets one raise once it has been called so many times."""
 import pathlib

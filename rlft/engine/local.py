@@ -25,11 +25,18 @@ class LocalEngine:
     """
 
     def __init__(
-        self, model: Path, dtype: torch.dtype, device: torch.device, max_sequences: int = 128, tokenizer: Any = None
+        self,
+        model: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_sequences: int = 128,
+        tokenizer: Any = None,
+        trust_remote_code: bool = False,
     ) -> None:
         from transformers import AutoModelForCausalLM
 
-        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        self._model = loaded.to(device).eval()
         self._model.requires_grad_(False)
         self._tokenizer = tokenizer
         ends = self._model.generation_config.eos_token_id

@@ -58,7 +58,7 @@ class VllmEngine:
     ) -> None:
         quiet(log)
         cpu = not torch.cuda.is_available()
-        context = min(context, _longest(model))
+        context = min(context, _longest(model, bool((options or {}).get("trust_remote_code"))))
         settings: dict[str, Any] = {
             "model": str(model),
             "dtype": str(dtype).removeprefix("torch."),
@@ -289,7 +289,7 @@ class VllmEngine:
         module = self._module(target.rpartition(".")[0])
         if shard is None:
             return slice(getattr(module, "org_vocab_size", None))
-        index = SHARDS.get(shard, shard)
+        index = SHARDS[shard] if shard in SHARDS else int(shard)
         return slice(sum(module.output_sizes[:index]), sum(module.output_sizes[: index + 1]))
 
     def _read_adapter(self, name: str, seed: int) -> Tensor | None:
@@ -357,10 +357,10 @@ def _completion(output: Any, version: int) -> Completion:
     return Completion(tokens, logprobs, str(output.finish_reason), version)
 
 
-def _longest(model: Path) -> int:
+def _longest(model: Path, remote: bool) -> int:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=remote)
     return int(getattr(config.get_text_config(), "max_position_embeddings", 2**31))
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -169,10 +170,18 @@ def _write(weights: Full, folder: Path) -> None:
         part[name] = tensor.detach().cpu().contiguous()
         size += tensor.numel() * tensor.element_size()
         if size >= SHARD_BYTES:
-            save_file(part, folder / f"{count:05d}.safetensors")
+            _save(part, folder / f"{count:05d}.safetensors")
             part, size, count = {}, 0, count + 1
     if part:
-        save_file(part, folder / f"{count:05d}.safetensors")
+        _save(part, folder / f"{count:05d}.safetensors")
+
+
+def _save(part: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(part, file)
+    except (OSError, SafetensorError) as error:
+        where = file.parent.parent
+        raise RunError(f"the weights do not fit into {where}: {error}. Enlarge it, or use place: here.") from error
 
 
 def _serve(pipe: Connection, make: Callable[[], Engine], log: Path | None) -> None:

@@ -20,13 +20,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlft.batch import Batch
-from rlft.engine.base import Delta, Engine, Full
+from rlft.engine.base import Delta, Engine, Full, Mark
 from rlft.engine.local import LocalEngine
 from rlft.engine.vllm import VllmEngine
 from rlft.engine.worker import WorkerEngine, in_worker
 from rlft.learner import Learner, Schedule
 from rlft.policy import Policy
-from rlft.sync import Sync
+from rlft.sync import Sync, adapter_tensors
 from rlft.types import NAN, Completion, InputError, RunError, Sample, Sampling, Task, Trajectory
 
 CONTEXT = 128
@@ -271,6 +271,31 @@ def test_trap_23_the_prefix_cache_forgets_old_weights(rig: Rig) -> None:
         for version, seed in ((VERSION + 1, 5), (VERSION + 2, 6), (VERSION, 0)):  # back to what the other tests know
             _move(rig.policy, 0.2, seed)
             assert asyncio.run(serve(version)) < 1e-4
+    finally:
+        sync.close()
+
+
+def test_both_proofs_reach_every_place(rig: Rig) -> None:
+    """Through the pipe of a worker too: silent after a sync, and each alarmed once the policy has moved on."""
+    kind = "adapter" if rig.place.endswith("adapter") else "merged"
+    sync = Sync(rig.policy, rig.engine, rig.learner, kind, _prompts(2, 40), Sampling(temperature=TEMPERATURE))
+    version = VERSION + 3
+
+    async def play() -> tuple[list[str], list[str]]:
+        assert (await sync(rig.policy, version)).gap < 1e-4
+        _move(rig.policy, 0.2, 9)
+        sent = adapter_tensors(rig.policy) if kind == "adapter" else rig.policy.merged()
+        marks = {name: Mark.of(tensor, version) for name, tensor in sent}
+        wrong, (_, strange) = await sync.account(marks, version), await sync.behave(rig.policy, version)
+        _move(rig.policy, 0.2, 0)  # back to what the other tests know
+        await sync.send(rig.policy, VERSION)
+        assert len(wrong) == len(marks)
+        return wrong, strange
+
+    try:
+        wrong, strange = asyncio.run(play())
+        assert "rows are not the ones sent" in wrong[0]
+        assert "log-probs of sampled tokens differ" in strange[0]
     finally:
         sync.close()
 
