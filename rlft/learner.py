@@ -20,7 +20,7 @@ from transformers import DynamicCache, get_scheduler
 
 from rlft.algorithms.base import Algorithm, Metrics, Need, Outputs, mean, merge, peak
 from rlft.batch import Batch
-from rlft.kernels import FastLinear
+from rlft.kernels import FastLinear, score
 from rlft.policy import Policy
 from rlft.prefix import Split, owners, prompt_lengths, split
 from rlft.types import RunError
@@ -151,7 +151,7 @@ class Learner:
                 use_cache=False,
             ).logits
             chosen = batch.mask[:, columns + 1]
-            logprobs, entropy = self._score(logits[chosen], batch.tokens[:, columns + 1][chosen])
+            logprobs, entropy = score(logits[chosen], batch.tokens[:, columns + 1][chosen], self._temperature)
         else:
             logprobs, entropy = self._shared(parts, model)
         empty = torch.zeros(batch.tokens.shape, dtype=logprobs.dtype, device=logprobs.device)
@@ -168,8 +168,7 @@ class Learner:
             logits_to_keep=1,
             use_cache=True,
         )
-        logits = [first.logits[:, -1][parts.owner]]
-        targets = [parts.rest[:, 0]]
+        scored = [score(first.logits[:, -1][parts.owner], parts.rest[:, 0], self._temperature)]
         places = [torch.arange(len(parts.rest), device=seen.device) * parts.rest.shape[1]]
         columns = parts.mask[:, 1:].any(0).nonzero().flatten()
         if len(columns):
@@ -186,20 +185,11 @@ class Learner:
             ).logits
             chosen = parts.mask[:, columns + 1]
             row, column = chosen.nonzero(as_tuple=True)
-            logits.append(later[chosen])
-            targets.append(parts.rest[:, columns + 1][chosen])
+            scored.append(score(later[chosen], parts.rest[:, columns + 1][chosen], self._temperature))
             places.append(row * parts.rest.shape[1] + columns[column] + 1)
-        logprobs, entropy = self._score(torch.cat(logits), torch.cat(targets))
         order = torch.cat(places).argsort()
-        return logprobs[order], entropy[order]
-
-    def _score(self, logits: Float[Tensor, "n v"], targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs of the targets, and the entropy of each distribution without a gradient."""
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        distribution = (wide / self._temperature).log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(distribution.exp() * distribution).sum(-1)
-        return distribution.gather(-1, targets[:, None]).squeeze(-1), entropy
+        logprobs, entropies = zip(*scored, strict=True)
+        return torch.cat(logprobs)[order], torch.cat(entropies)[order]
 
     def _cut(self, batch: Batch, unit: int) -> Iterator[Batch]:
         """The optimizer steps of a batch: whole in order when there is one a pass, else shuffled anew every epoch."""

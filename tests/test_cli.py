@@ -357,7 +357,7 @@ def test_ctrl_c_keeps_a_checkpoint(
     assert steps(run) == list(range(1, kept + 1))
     assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{kept:06d}"]
     assert not scraps(run)
-    assert ended(program(["resume", run], rewards)).code == 0
+    assert rlft("resume", run).code == 0
     assert steps(run) == [1, 2, 3, 4]
     assert ended(program(["train", path, f"out={run}-whole"], rewards)).code == 0
     parts = [
