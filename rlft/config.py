@@ -171,7 +171,7 @@ class Learner(Block):
     warmup_steps: int = Field(default=0, ge=0, description="optimizer steps from 0 to lr")
     epochs: int = Field(default=1, ge=1, description="passes over each batch")
     minibatches: int = Field(default=1, ge=1, description="optimizer steps per pass")
-    micro_tokens: int = Field(default=4096, ge=1, description="padded tokens per forward pass; a matter of memory only")
+    micro_tokens: int = Field(default=2048, ge=1, description="padded tokens per forward pass; a matter of memory only")
     max_grad_norm: float = Field(default=1.0, ge=0, description="gradients are clipped to this norm; 0: never")
 
 

@@ -39,7 +39,7 @@ class Schedule:
     warmup_steps: int = 0
     epochs: int = 1
     minibatches: int = 1
-    micro_tokens: int = 4096
+    micro_tokens: int = 2048
     max_grad_norm: float = 1.0
 
 

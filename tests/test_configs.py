@@ -35,5 +35,5 @@ def test_its_data_fit_a_model(path: Path, tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(FOLDER)) for path in FILES])
 def test_a_typing_mistake_in_it_is_refused(path: Path) -> None:
-    with pytest.raises(InputError, match="learner.lrr"):
+    with pytest.raises(InputError, match=r"learner\.lrr"):
         load(path, ["learner.lrr=1"])

@@ -78,7 +78,7 @@ def test_a_column_that_is_not_there() -> None:
 
 def test_messages_that_are_answered_already_leave_nothing_to_ask() -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    with pytest.raises(InputError, match="end with the assistant.*: 2$"):
+    with pytest.raises(InputError, match=r"end with the assistant.*: 2$"):
         tasks([{"messages": turns[:1]}, {"messages": turns}], {}, "train")
 
 
@@ -106,7 +106,7 @@ def test_files_that_do_not_read(tmp_path: Path) -> None:
     for name in ("a.json", "a.jsonl", "a.parquet"):
         with pytest.raises(InputError, match=name):
             read(str(tmp_path / name))
-    with pytest.raises(InputError, match="there is no file .*gone.jsonl"):
+    with pytest.raises(InputError, match=r"there is no file .*gone\.jsonl"):
         read(str(tmp_path / "gone.jsonl"))
 
 

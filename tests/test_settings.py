@@ -133,7 +133,10 @@ def test_the_dump_loads_to_the_same_config(file: Path) -> None:
         ({"rollout.group_size": 1}, ["rollout.group_size: grpo", "2 or more"]),
         ({"learner.minibatches": 33}, ["learner.minibatches: 32 samples a step cannot be cut into 33"]),
         ({"adapter.lora_dropout": 0.1}, ["adapter.lora_dropout: with 0.1", "set it to 0"]),
-        ({"data.columns.completion": "answer"}, ["data.columns.completion: grpo learns from its own samples", "sft"]),
+        (
+            {"data.columns.completion": "answer"},
+            ["data.columns.completion: grpo learns from its own samples", "Remove that role"],
+        ),
         ({"eval.accuracy": "right"}, ["eval.accuracy: ", "'right'", "it has correct, bare"]),
         ({"eval.every": 2}, ["eval.every: there are no held-out tasks", "data.eval"]),
         ({"sync.type": "adapter"}, ["sync.type: the local engine takes merged weights only"]),

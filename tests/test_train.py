@@ -9,6 +9,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def make(tiny_model: Path, toys: Path, tmp_path_factory: pytest.TempPathFactory)
 
     def write(algorithm: dict[str, Any], **changes: Any) -> Path:
         folder = tmp_path_factory.mktemp(algorithm["type"])
-        prompts = [{"ask": f"Say {a} and {b}", "gold": a} for a, b in zip(WORDS, WORDS[1:], strict=False)]
+        prompts = [{"ask": f"Say {a} and {b}", "gold": a} for a, b in pairwise(WORDS)]
         (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
         (folder / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts[:2]))
         plain = {
