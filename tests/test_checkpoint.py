@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlft import checkpoint
+import rlft.checkpoint as checkpoint
 from rlft.algorithms import credit, losses, select, weigh
 from rlft.algorithms.base import Algorithm
 from rlft.batch import Batch

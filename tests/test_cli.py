@@ -19,7 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rlft import cli
+import rlft.cli as cli
 
 PROMPTS = [{"ask": f"Say {a} and {b}", "gold": a} for a, b in zip("abcdef", "bcdefg", strict=True)]
 REWARD = '''

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def _player(engine: Engine, chat: Chat, env: Callable[[Task], Env], context: int
     return Player(engine, chat, env, Sampling(temperature=1.0, max_tokens=tokens), context)
 
 
-def _play(engine: Engine, chat: Chat, env: Env, seed: int, **settings: int):
+def _play(engine: Any, chat: Chat, env: Env, seed: int, **settings: int):
     return asyncio.run(_player(engine, chat, lambda task: env, **settings).play(TASK, seed))
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,7 +190,7 @@ def test_the_adapter_matters(rig: Rig) -> None:
 
 def test_greedy_is_that_of_transformers(rig: Rig, tmp_path: Path) -> None:
     rig.policy.save_merged(tmp_path)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     prompts = _prompts(4, 5, 40)
     done = asyncio.run(_ask(rig.engine, prompts, [Sampling(temperature=0.0, max_tokens=12)] * 4))
     for prompt, completion in zip(prompts, done, strict=True):
