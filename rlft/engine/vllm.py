@@ -32,6 +32,13 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENGINE_READY_TIMEOUT_S": "600",
 }
+FIXED = {
+    "logprobs_mode": "processed_logprobs",
+    "enable_prefix_caching": True,
+    "distributed_executor_backend": "uni",
+    "disable_log_stats": True,
+    "use_tqdm_on_load": False,
+}
 SHARDS = {"q": 0, "k": 1, "v": 2}
 BLOCK = 32
 
@@ -63,23 +70,11 @@ class VllmEngine:
             "model": str(model),
             "dtype": str(dtype).removeprefix("torch."),
             "seed": seed,
-            "enforce_eager": cpu,
             "max_model_len": context,
             "max_num_seqs": max_sequences,
-            "logprobs_mode": "processed_logprobs",
-            "enable_prefix_caching": True,
-            "distributed_executor_backend": "uni",
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
+            **(_on_cpu(context, cache_gb or 1.0) if cpu else _on_gpu(cache_gb, memory_fraction)),
+            **FIXED,
         }
-        if cpu:
-            settings |= {"block_size": BLOCK, "enable_chunked_prefill": False}
-            settings |= {"max_num_batched_tokens": max(context, 4096)}
-            settings |= {"kv_cache_memory_bytes": int((cache_gb or 1.0) * 2**30)}
-        elif cache_gb:
-            settings["kv_cache_memory_bytes"] = int(cache_gb * 2**30)
-        if memory_fraction:
-            settings["gpu_memory_utilization"] = memory_fraction
         if lora_rank:
             settings |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_step(lora_rank)}
         try:
@@ -355,6 +350,21 @@ def _completion(output: Any, version: int) -> Completion:
     if len(tokens) != len(logprobs):
         raise RunError(f"vLLM returned {len(tokens)} tokens with {len(logprobs)} log-probs")
     return Completion(tokens, logprobs, str(output.finish_reason), version)
+
+
+def _on_cpu(context: int, cache_gb: float) -> dict[str, Any]:
+    return {
+        "enforce_eager": True,
+        "block_size": BLOCK,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(context, 4096),
+        "kv_cache_memory_bytes": int(cache_gb * 2**30),
+    }
+
+
+def _on_gpu(cache_gb: float | None, memory_fraction: float | None) -> dict[str, Any]:
+    cache = {"kv_cache_memory_bytes": int(cache_gb * 2**30)} if cache_gb else {}
+    return cache | ({"gpu_memory_utilization": memory_fraction} if memory_fraction else {})
 
 
 def _longest(model: Path, remote: bool) -> int:
