@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,8 @@ class Parts:
 
 def material(config: Config) -> Material:
     """Read and check data, template and lengths. Raises InputError."""
+    if isinstance(config.rollout.engine, Vllm):
+        _refuse_options(config.rollout.engine)
     algorithm = config.algorithm.build()
     settings = config.adapter.settings()
     if settings is not None and settings["type"] != "saved":
@@ -130,23 +132,24 @@ def assemble(stuff: Material, log: Path | None) -> Parts:
     config = stuff.config
     policy = make_policy(config, stuff.model)
     kind = sync_kind(config, policy)
-    draw = config.rollout.sampling
-    learner = Learner(
-        policy, Schedule(steps=config.steps, **config.learner.model_dump()), draw.temperature, config.seed
-    )
+    draw, online = config.rollout.sampling, config.online
+    sampling = Sampling(draw.temperature, draw.max_tokens, stop=draw.stop)
+    temperature = draw.temperature if online else 1.0  # nobody sampled what was recorded
+    schedule = Schedule(steps=config.steps, **config.learner.model_dump())
+    learner = Learner(policy, schedule, temperature, config.seed, dropout=not online)
+    reward = config.reward.build() if config.reward else None
     parts = Parts(stuff, policy, learner, Recorded(stuff.groups, config.rollout.tasks_per_step, config.seed), kind)
     if not stuff.needs_engine:
         return parts
     parts.engine = engine = start_engine(stuff, policy, kind, log)
-    sampling = Sampling(draw.temperature, draw.max_tokens, stop=draw.stop)
     prompts = [stuff.chat.prompt(task.messages) for task in (stuff.tasks or stuff.held_out)[:2]]
     fixed = config.rollout.deterministic
-    parts.sync = Sync(policy, engine, learner, "adapter" if kind == "adapter" else "merged", prompts, sampling, fixed)
-    if config.reward is None:
+    proof = replace(sampling, temperature=temperature)
+    parts.sync = Sync(policy, engine, learner, "adapter" if kind == "adapter" else "merged", prompts, proof, fixed)
+    if config.reward is None or reward is None:
         return parts
-    reward = config.reward.build()
     player = Player(engine, stuff.chat, config.env.build(), sampling, stuff.context)
-    if config.online:
+    if online:
         rollout = config.rollout
         parts.source = Rollouts(stuff.tasks, player, reward, rollout.tasks_per_step, rollout.group_size, config.seed)
     if stuff.held_out:
@@ -175,7 +178,6 @@ def start_engine(stuff: Material, policy: Policy, kind: str, log: Path | None) -
         "log": log,
         "options": {"trust_remote_code": stuff.config.model.trust_remote_code, **block.options},
     }
-    _refuse_options(block)
     return VllmEngine(**settings) if block.place == "here" else in_worker(VllmEngine, **settings)
 
 
@@ -197,6 +199,7 @@ def sync_kind(config: Config, policy: Policy) -> str:
 def _refuse_options(block: Vllm) -> None:
     """Options that would break what the run proves."""
     kept = {"logprobs_mode", "model", "dtype", "tensor_parallel_size", "pipeline_parallel_size", "quantization"}
+    kept |= {"data_parallel_size", "max_model_len", "max_num_seqs", "seed", "enable_lora", "max_lora_rank"}
     for name in block.options:
         if name in kept and block.options[name] not in (None, 1):
             raise InputError(

@@ -129,9 +129,7 @@ def restore(folder: Path, learner: Learner, source: Source | None) -> int:
     current = learner.optimizer.state_dict()
     current["state"] = _join(saved, state["optimizer"], learner.names)
     learner.optimizer.load_state_dict(current)
-    learner.scheduler.load_state_dict(learner.scheduler.state_dict() | state["scheduler"])
-    for group, lr in zip(learner.optimizer.param_groups, state["scheduler"]["_last_lr"], strict=True):
-        group["lr"] = lr
+    _restore_rates(learner, state["scheduler"])
     random_states = load_file(folder / "random.safetensors")
     torch.set_rng_state(random_states["torch"])
     learner.generator.set_state(random_states["learner"])
@@ -140,6 +138,19 @@ def restore(folder: Path, learner: Learner, source: Source | None) -> int:
     if source is not None:
         source.load_state_dict(state["source"])
     return int(state["step"])
+
+
+def _restore_rates(learner: Learner, saved: Mapping[str, Any]) -> None:
+    """Go on at the same point of the schedule; the rate itself is this config's, so that it may be changed."""
+    scheduler: Any = learner.scheduler
+    place = {key: value for key, value in saved.items() if key not in ("base_lrs", "_last_lr")}
+    scheduler.load_state_dict(scheduler.state_dict() | place)
+    rates = [
+        base * shape(scheduler.last_epoch) for base, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(learner.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def load_trained(folder: Path, learner: Learner) -> None:

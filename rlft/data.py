@@ -92,7 +92,7 @@ def _json(file: Path) -> list[Row]:
             raise InputError(f"data: {file} is not JSON: {error}") from error
     else:
         rows = []
-        for i, line in enumerate(text.splitlines()):
+        for i, line in enumerate(text.split("\n")):
             if line.strip():
                 try:
                     rows.append(json.loads(line))

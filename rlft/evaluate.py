@@ -49,7 +49,6 @@ def summary(trajectories: list, component: str) -> dict[str, float]:
         "eval/accuracy": correct / n,
         "eval/tasks": float(n),
         "eval/reward": sum(scores) / len(scores) if scores else math.nan,
-        "eval/missing": sum(t.total is None for t in trajectories) / n,
         "eval/tokens_mean": sum(t.length for t in trajectories) / n,
         "eval/truncated": sum(t.finish == "length" for t in trajectories) / n,
     }

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache, get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlft.algorithms.base import Algorithm, Metrics, Need, Outputs, mean, merge, peak
 from rlft.batch import Batch
@@ -44,12 +45,19 @@ class Schedule:
 
 
 class Learner:
-    """Takes optimizer steps on a policy. temperature: what the rollouts were sampled at; logits are divided by it."""
+    """Takes optimizer steps on a policy.
 
-    def __init__(self, policy: Policy, schedule: Schedule, temperature: float = 1.0, seed: int = 0) -> None:
+    temperature: what the rollouts were sampled at; logits are divided by it. dropout: leave it on where the model or
+    the adapter has any; off for samples of the policy, whose log-probs would be those of another one.
+    """
+
+    def __init__(
+        self, policy: Policy, schedule: Schedule, temperature: float = 1.0, seed: int = 0, dropout: bool = True
+    ) -> None:
         self.policy = policy
         self.schedule = schedule
         self._temperature = temperature
+        self._dropout = dropout
         self._shares = _can_share(policy)
         self._named = list(policy.trainable())
         self._parameters = [p for _, p in self._named]
@@ -235,6 +243,8 @@ class Learner:
         """Add up the gradient of one optimizer step over its micro-batches."""
         kept = batch if algorithm.dense else batch.rows(_moves(batch, algorithm.unit))
         self.policy.model.train()
+        if not self._dropout:
+            _still(self.policy.model)
         total, parts, trained = 0.0, [], 0
         for rows in self._micro(kept, algorithm.unit):
             part = kept.rows(rows).to(self.policy.device)
@@ -283,6 +293,12 @@ def _optimizer(parameters: list[torch.nn.Parameter], schedule: Schedule) -> torc
     if schedule.optimizer == "adafactor":
         return torch.optim.Adafactor(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
     return torch.optim.SGD(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay)
+
+
+def _still(model: torch.nn.Module) -> None:
+    """No dropout anywhere, whoever put it there; only layers that recompute themselves have to know of training."""
+    for module in model.modules():
+        module.training = isinstance(module, GradientCheckpointingLayer)
 
 
 def _can_share(policy: Policy) -> bool:

@@ -63,8 +63,6 @@ class Player:
             sample.rewards[-1] += reply.reward
             if reply.done or completion.finish == "length":
                 return Trajectory(task, messages, samples, finish=completion.finish)
-            if reply.rewrite:
-                raise RunError(f"task {task.id}: its environment rewrote the history, which is not supported yet")
             longer = (*messages, *reply.messages)
             if reply.rewrite:
                 longer = tuple(reply.messages)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,8 +34,12 @@ def begin(config: Config, terminal: Terminal) -> int:
     try:
         return asyncio.run(_session(stuff, folder, None, terminal))
     except InputError:  # the run did not begin: its name is free again
-        if not (folder / "metrics.jsonl").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+        if (folder / "metrics.jsonl").exists():
+            raise
+        for name in ("config.yaml", "engine.log"):
+            (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is in it
+            folder.rmdir()
         raise
 
 
@@ -51,13 +55,13 @@ def resume(folder: Path, overrides: list[str], terminal: Terminal) -> int:
 
 
 def _refuse_occupied(folder: Path) -> None:
-    """A folder with anything in it, but for what a run leaves that failed before its first step."""
+    """A folder with anything in it is never written to by a new run."""
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if inside & {"metrics.jsonl", "rollouts", "checkpoints"}:
+    if inside & {"metrics.jsonl", "rollouts", "checkpoints", "engine.log"}:
         raise InputError(
             f"out: {folder} already holds a run. Go on with it: rlft resume {folder}; or choose another: out=..."
         )
-    if folder.is_file() or inside - {"config.yaml", "engine.log"}:
+    if folder.is_file() or inside:
         raise InputError(f"out: {folder} is in use by something else; choose another: out=...")
 
 
@@ -98,10 +102,12 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
         try:
             with _interruptible(run.stop, terminal):
                 await train(run, start)
-        except RunError:
+        except (RunError, InputError) as error:
             if run.complete is not None:  # it failed between steps: nothing that was learned is lost
                 around.keep(run.complete)
-            raise
+            if isinstance(error, InputError) and run.complete in (None, start):
+                raise  # bad input that showed before anything was learned
+            raise RunError(str(error)) from error
         return STOPPED if run.stopping else 0
     finally:
         terminal.end()

@@ -62,7 +62,7 @@ def _override(plain: dict[str, Any], text: str) -> dict[str, Any]:
     try:
         change = OmegaConf.from_dotlist([text])
         *path, leaf = key.strip().split(".")
-        if leaf == "type":
+        if leaf == "type" and path:
             block = OmegaConf.select(OmegaConf.create(plain), ".".join(path))
             if block is not None and block.get("type") != OmegaConf.select(change, key.strip()):
                 parent = plain

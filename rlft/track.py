@@ -43,7 +43,7 @@ def summary(groups: Sequence[Group]) -> dict[str, float]:
     mean = sum(scores) / len(scores) if scores else math.nan
     spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores)) if scores else math.nan
     metrics = {"reward/mean": mean, "reward/std": spread, "reward/missing": (n - len(scores)) / n}
-    for name in sorted({key for t in trajectories for key in t.metrics} - {"reward/missing"}):
+    for name in sorted({key for t in trajectories for key in t.metrics} - {"reward/missing", "advantage/mean"}):
         values = [t.metrics[name] for t in trajectories if name in t.metrics]
         metrics[name] = sum(values) / len(values)
     metrics["completion/tokens_mean"] = sum(t.length for t in trajectories) / n

@@ -83,4 +83,5 @@ async def train(run: Run, start: int = 0) -> None:
         metrics["time/step"] = time.perf_counter() - begun
         await run.hooks.after(step, groups, chosen, metrics)
         run.complete = step
+    run.stopping = run.stopping and step < run.steps  # asked to stop in the last step, it is simply done
     await run.hooks.finish(step, run.stopping)

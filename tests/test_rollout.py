@@ -307,13 +307,13 @@ def test_a_reward_that_raises_ends_the_other_episodes(engine: LocalEngine, chat:
 
     player = _player(engine, chat, lambda task: worlds[task.id])
 
-    async def play() -> None:
+    async def play() -> list[int]:
         tasks = [worlds["task-1"].task, worlds["task-2"].task]
-        await asyncio.wait_for(rollout(player, raises, tasks, 1, seed=0), 30)
+        with pytest.raises(ValueError, match="no idea about task-1"):
+            await asyncio.wait_for(rollout(player, raises, tasks, 1, seed=0), 30)
+        return [world.closed for world in worlds.values()]
 
-    with pytest.raises(ValueError, match="no idea about task-1"):
-        asyncio.run(play())
-    assert [world.closed for world in worlds.values()] == [1, 1]
+    assert asyncio.run(play()) == [1, 1]
 
 
 def test_a_seed_is_a_pinned_function_of_its_parts() -> None:
