@@ -58,6 +58,8 @@ class Learner:
         self.schedule = schedule
         self._temperature = temperature
         self._dropout = dropout
+        recomputed = getattr(policy.causal_lm, "is_gradient_checkpointing", False)
+        self._products = nullcontext if recomputed else FastLinear  # a layer is recomputed outside of the mode
         self._shares = _can_share(policy)
         self._named = list(policy.trainable())
         self._parameters = [p for _, p in self._named]
@@ -250,7 +252,7 @@ class Learner:
             part = kept.rows(rows).to(self.policy.device)
             if not part.mask.any():
                 continue
-            with FastLinear():
+            with self._products():
                 outputs = self.forward(part)
                 loss, metrics = algorithm.loss(outputs, part)
                 loss.backward()

@@ -85,6 +85,7 @@ def write_config(folder: Path, config: Config) -> None:
 
 async def _session(stuff: Material, folder: Path, newest: int | None, terminal: Terminal) -> int:
     config = stuff.config
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's own would wait until all is loaded
     kept = trackers(config.track, config.name, folder, config.model_dump(mode="json"))
     record = Record(folder, kept)
     parts: Parts | None = None

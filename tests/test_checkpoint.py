@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -185,3 +185,20 @@ def test_the_state_is_readable(tmp_path: Path, begin: Callable[..., Training]) -
     state = json.loads((Checkpoints(tmp_path, 1).save(4, training.learner, training.source) / "state.json").read_text())
     assert state["step"] == 4
     assert state["source"] == {"position": 0}
+
+
+def test_a_resumed_run_takes_the_rate_of_its_config_at_the_same_point(
+    tmp_path: Path, begin: Callable[..., Training]
+) -> None:
+    first = begin()
+    first.steps(2)
+    kept = Checkpoints(tmp_path, 2).save(2, first.learner, first.source)
+    same, slower = begin(), begin()
+    slower.learner.schedule = replace(slower.learner.schedule, lr=1e-3)
+    slower.learner.scheduler.base_lrs = [1e-3]
+    for training in (same, slower):
+        restore(kept, training.learner, training.source)
+    rate = first.learner.optimizer.param_groups[0]["lr"]
+    assert same.learner.optimizer.param_groups[0]["lr"] == rate
+    assert slower.learner.optimizer.param_groups[0]["lr"] == pytest.approx(rate / 10)
+    assert slower.learner.scheduler.last_epoch == first.learner.scheduler.last_epoch

@@ -278,3 +278,10 @@ def test_the_environment_of_several_turns() -> None:
 @pytest.mark.parametrize("page", MINE)
 def test_pages_name_no_machine(page: str) -> None:
     assert not re.search(r"/(work|home|root|tmp)/", PAGES[page])
+
+
+def test_no_placeholder_is_left_in_what_people_read() -> None:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text()
+        for word in ("TODO", "FIXME", "DEMO" + "_OUTPUT", "XXX"):
+            assert word not in text, f"{page.name} still holds {word}"

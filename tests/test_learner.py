@@ -729,3 +729,21 @@ def test_updates_with_one_seed_are_equal_to_the_bit(tiny_model: Path, make_group
             learner.update(Batch.of(make_groups(2, 4, seed=seed)), ALGORITHMS["grpo-kl"])
         found.append(snapshot(learner))
     assert all(torch.equal(p, found[1][name]) for name, p in found[0].items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trap_27_no_dropout_where_samples_of_the_policy_are_scored(
+    tiny_model: Path, make_groups: MakeGroups, checkpointing: bool
+) -> None:
+    adapter = {**LORA, "lora_dropout": 0.5}
+    policy = Policy(tiny_model, adapter, device="cpu", dtype="float32", gradient_checkpointing=checkpointing)
+    shake(policy)
+    batch = Batch.of(make_groups(3, 4))
+    still = Learner(policy, Schedule(lr=1e-3, steps=1), dropout=False)
+    sampled = batch.with_(logprobs=still.logprobs(batch))
+    calm = still.update(sampled, ALGORITHMS["grpo"])
+    assert calm["parity/logprob_max"] < 1e-5
+    assert calm["loss/grad_norm"] > 0
+    restless = Learner(policy, Schedule(lr=1e-3, steps=1))
+    again = batch.with_(logprobs=restless.logprobs(batch))
+    assert restless.update(again, ALGORITHMS["grpo"])["parity/logprob_max"] > 1e-3
