@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rlft.algorithms.base import Algorithm
+from rlft.chance import undisturbed
 from rlft.chat import Chat
 from rlft.config import Config, Local, Vllm
 from rlft.config_data import Generated, Rows
@@ -80,7 +81,8 @@ class Parts:
         """Bring version `version` into the engine, unless it is there; the sync's metrics."""
         if self.sync is None or self.served == version:
             return {}
-        report = await self.sync(self.learner.weights(), version)
+        with undisturbed():
+            report = await self.sync(self.learner.weights(), version)
         self.served = version
         return {
             "sync/version": float(version),

@@ -20,10 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import rlft.chance as chance
 from rlft.allocation import allocator
 from rlft.learner import Learner
 from rlft.source import Source
 from rlft.types import InputError
+from rlft.whole import WRITING, remove
 
 NAME = re.compile(r"step-(\d{6,})")
 
@@ -64,9 +66,9 @@ class Checkpoints:
     def save(self, step: int, learner: Learner, source: Source) -> Path:
         """Write version `step`. On any failure nothing is left but what was there before."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        for left in self._folder.glob(".writing-*"):  # by a process that was killed
+        for left in self._folder.glob(f"{WRITING}*"):  # by a process that was killed
             shutil.rmtree(left)
-        scratch = self._folder / f".writing-{step:06d}-{os.getpid()}"
+        scratch = self._folder / f"{WRITING}{step:06d}-{os.getpid()}"
         try:
             scratch.mkdir()
             with disk_errors(scratch):
@@ -74,7 +76,7 @@ class Checkpoints:
             _flush(scratch)
             target = self.path(step)
             if target.exists():
-                shutil.rmtree(target)
+                remove(target)
             os.replace(scratch, target)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -86,7 +88,7 @@ class Checkpoints:
         kept = set(self.steps()[-self._keep :]) | ({self.best[1]} if self.best else set())
         for step in self.steps():
             if step not in kept:
-                shutil.rmtree(self.path(step))
+                remove(self.path(step))
 
 
 @contextmanager
@@ -114,10 +116,7 @@ def write(folder: Path, step: int, learner: Learner, source: Source, best: tuple
     tensors, ranks = allocation(learner)
     if tensors:
         save_file(tensors, folder / "allocation.safetensors")
-    random_states = {"torch": torch.get_rng_state(), "learner": learner.generator.get_state()}
-    if torch.cuda.is_available():
-        random_states["cuda"] = torch.cuda.get_rng_state()
-    save_file(random_states, folder / "random.safetensors")
+    save_file({**chance.states(), "learner": learner.generator.get_state()}, folder / "random.safetensors")
     state = {
         "step": step,
         "source": source.state_dict(),
@@ -143,10 +142,8 @@ def restore(folder: Path, learner: Learner, source: Source | None) -> int:
     _restore_reference(folder, learner)
     _restore_allocation(folder, learner, state.get("ranks"))
     random_states = load_file(folder / "random.safetensors")
-    torch.set_rng_state(random_states["torch"])
+    chance.put(random_states)
     learner.generator.set_state(random_states["learner"])
-    if "cuda" in random_states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random_states["cuda"])
     if source is not None:
         source.load_state_dict(state["source"])
     return int(state["step"])

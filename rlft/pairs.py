@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from rlft.checkpoint import disk_errors
 from rlft.session import of_run
 from rlft.settings import load
 from rlft.types import ROUNDING, Group, InputError, RunError, Task, least
+from rlft.whole import replacing
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,8 @@ def write(path: Path, to: Path, overrides: Sequence[str], kind: str, margin: flo
             "sample more per task (rollout.group_size), or lower --margin."
         )
     to.parent.mkdir(parents=True, exist_ok=True)
-    scratch = to.with_name(f".{to.name}.writing-{os.getpid()}")
-    try:
-        with disk_errors(to):
-            scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            os.replace(scratch, to)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with disk_errors(to), replacing(to) as scratch:
+        scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return f"{len(rows)} rows of {kind} from {len(answered)} groups in {to}"
 
 

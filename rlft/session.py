@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import rlft.chance as chance
 from rlft.build import Material, Parts, assemble, material
 from rlft.checkpoint import Checkpoints, restore
 from rlft.config import Config
 from rlft.environment import FILE as ENVIRONMENT
 from rlft.environment import note
 from rlft.hooks import Around, run_folder
+from rlft.lock import FILE as LOCK
+from rlft.lock import refuse_in_use, sole_writer
 from rlft.settings import dump, load
 from rlft.terminal import Terminal
 from rlft.track import Record, trackers
 from rlft.trainer import Run, train
 from rlft.types import InputError, RunError
+from rlft.whole import replacing, scraps, sweep
 
 STOPPED = 130
 
@@ -30,24 +33,39 @@ def begin(config: Config, terminal: Terminal) -> int:
     """Train from the start in a new folder. Returns the exit code."""
     stuff = material(config)
     folder = run_folder(config.out, config.name)
+    refuse_in_use(folder)
     _refuse_occupied(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder, config)
+    try:
+        with sole_writer(folder, terminal.say):
+            _refuse_occupied(folder)  # another may have been faster
+            return _first_session(stuff, folder, terminal)
+    except InputError:
+        with contextlib.suppress(OSError):  # something is in it
+            folder.rmdir()
+        raise
+
+
+def _first_session(stuff: Material, folder: Path, terminal: Terminal) -> int:
+    sweep(folder)
+    write_config(folder, stuff.config)
     try:
         return asyncio.run(_session(stuff, folder, None, terminal))
     except InputError:  # the run did not begin: its name is free again
-        if (folder / "metrics.jsonl").exists():
-            raise
-        for name in ("config.yaml", "engine.log", ENVIRONMENT):
-            (folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something else is in it
-            folder.rmdir()
+        if not (folder / "metrics.jsonl").exists():
+            for name in ("config.yaml", "engine.log", ENVIRONMENT):
+                (folder / name).unlink(missing_ok=True)
         raise
 
 
 def resume(folder: Path, overrides: list[str], terminal: Terminal) -> int:
     """Go on from the newest checkpoint, or from the start where there is none yet."""
     config = of_run(folder, overrides)
+    with sole_writer(folder, terminal.say):
+        sweep(folder)
+        return _further_session(config, folder, terminal)
+
+
+def _further_session(config: Config, folder: Path, terminal: Terminal) -> int:
     newest = Checkpoints(folder / "checkpoints", config.checkpoint.keep).latest()
     if newest is not None and newest >= config.steps:
         terminal.say(f"{folder} is finished: step {newest} of {config.steps}. Train longer with steps=...")
@@ -57,9 +75,10 @@ def resume(folder: Path, overrides: list[str], terminal: Terminal) -> int:
 
 
 def _refuse_occupied(folder: Path) -> None:
-    """A folder with anything in it is never written to by a new run."""
+    """A folder with anything in it is never written to by a new run; what a kill left of one is nothing."""
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if inside & {"metrics.jsonl", "rollouts", "checkpoints", "engine.log"}:
+    inside -= {LOCK, *(path.name for path in scraps(folder))}
+    if inside & {"config.yaml", "metrics.jsonl", "rollouts", "checkpoints", "engine.log"}:
         raise InputError(
             f"out: {folder} already holds a run. Go on with it: rlft resume {folder}; or choose another: out=..."
         )
@@ -76,13 +95,8 @@ def of_run(folder: Path, overrides: list[str] | None = None) -> Config:
 
 def write_config(folder: Path, config: Config) -> None:
     """The resolved config, whole or not at all."""
-    scratch = folder / ".config.yaml.writing"
-    try:
+    with replacing(folder / "config.yaml") as scratch:
         scratch.write_text(dump(config))
-        os.replace(scratch, folder / "config.yaml")
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
 
 
 async def _session(stuff: Material, folder: Path, newest: int | None, terminal: Terminal) -> int:
@@ -94,6 +108,7 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
     try:
         with terminal.busy("loading the policy and starting the engine"):
             parts = assemble(stuff, folder / "engine.log")
+        chance.begin(config.seed)
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
         start = 0
         if newest is not None:

@@ -13,12 +13,9 @@ wrong temperature or base in the second.
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -26,6 +23,7 @@ from torch import Tensor
 
 from rlft.batch import Batch
 from rlft.engine.base import Delta, Engine, Full, Mark
+from rlft.lock import Scratch
 from rlft.policy import Policy
 from rlft.types import NAN, InputError, RunError, Sample, Sampling, Task, Trajectory
 
@@ -73,7 +71,7 @@ class Sync:
         self._sampling = replace(sampling, max_tokens=PROOF_TOKENS, stop=())
         self._units: dict[str, str] | None = None
         self._rest: dict[str, list[str]] = {}
-        self._folder: Path | None = None
+        self._scratch: Scratch | None = None
         if kind == "adapter":
             refuse_hot_loading(policy)
 
@@ -165,20 +163,20 @@ class Sync:
                 yield from ((other, plain[other]) for other in rest.pop(unit, ()))
 
     async def _send_adapter(self, policy: Policy, version: int, marks: dict[str, Mark]) -> None:
-        old, self._folder = self._folder, Path(tempfile.mkdtemp(prefix=f"rlft-adapter-{version}-"))
+        old, self._scratch = self._scratch, Scratch("rlft-adapter")
         try:
-            policy.save_adapter(self._folder)
-            await self._engine.load_weights(Delta(self._folder), version)
+            policy.save_adapter(self._scratch.path)
+            await self._engine.load_weights(Delta(self._scratch.path), version)
         finally:
             if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
+                old.close()
         for name, tensor in adapter_tensors(policy):
             marks[name] = Mark.of(tensor, version)
 
     def close(self) -> None:
         """Remove the last adapter's folder."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.close()
 
 
 def adapter_rank(policy: Policy) -> int:

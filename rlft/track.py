@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlft.types import Group, InputError, Message, Said, Sample, Task, Trajectory
+from rlft.whole import replacing
 
 SCHEMA = pa.schema(
     [
@@ -81,29 +82,18 @@ class Record:
             return
         lines = path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith(b"\n") and step and json.loads(line)["step"] <= step]
-        scratch = path.with_suffix(f".writing-{os.getpid()}")
-        try:
-            with scratch.open("wb") as file:
-                file.write(b"".join(kept))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
+        with replacing(path) as scratch, scratch.open("wb") as file:
+            file.write(b"".join(kept))
+            file.flush()
+            os.fsync(file.fileno())
 
     def trajectories(self, kind: str, step: int, groups: Sequence[Group]) -> None:
         """`<kind>/step-n.parquet`, one row per sample."""
         rows = [row for g, group in enumerate(groups) for row in _rows(step, g, group)]
         path = self.folder / kind / f"step-{step:06d}.parquet"
         path.parent.mkdir(exist_ok=True)
-        scratch = path.with_suffix(f".writing-{os.getpid()}")
-        try:
+        with replacing(path) as scratch:
             pq.write_table(pa.Table.from_pylist(rows, SCHEMA), scratch)
-            os.replace(scratch, path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
 
     def scores(self, kind: str, step: int) -> dict[str, float]:
         """The scores in `<kind>/step-n.parquet` by task; empty where there is no such file."""

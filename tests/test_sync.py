@@ -477,8 +477,8 @@ def test_trap_22_every_version_has_an_id_a_name_and_a_path_of_its_own(setting: S
             _move(policy, 0.2, version)
             asyncio.run(sync(policy, version))
             served.append(engine._adapter)
-            assert sync._folder is not None
-            assert (sync._folder / "adapter_model.safetensors").is_file()
+            assert sync._scratch is not None
+            assert (sync._scratch.path / "adapter_model.safetensors").is_file()
             drawn.append(asyncio.run(engine.generate(LONG, Sampling(0.0, 8))).logprobs)
         for field in ("lora_int_id", "lora_name", "lora_path"):
             assert len({getattr(request, field) for request in served}) == 4
@@ -505,7 +505,7 @@ def test_a_load_that_fails_leaves_no_folder_behind(setting: Setting) -> None:
     for version in (0, 1):
         with suppress(RunError):
             asyncio.run(sync.send(policy, version))
-        made.append(sync._folder)
+        made.append(sync._scratch and sync._scratch.path)
     assert len(set(made)) == 2
     sync.close()
     assert not any(folder is None or folder.exists() for folder in made)

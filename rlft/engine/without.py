@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from rlft.lock import Scratch
 
 NAME = "adapter_model.safetensors"
 PRODUCT = (".lora_B", ".lora_embedding_B")  # the second factor, of a layer and of an embedding
@@ -22,8 +23,7 @@ PRODUCT = (".lora_B", ".lora_embedding_B")  # the second factor, of a layer and 
 @contextlib.contextmanager
 def without_effect(folder: Path) -> Iterator[Path]:
     """A PEFT LoRA adapter of the same shape whose product is exactly 0, in a folder that is removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="rlft-adapter-none-") as scratch:
-        empty = Path(scratch)
+    with Scratch("rlft-adapter-none") as empty:
         shutil.copy(folder / "adapter_config.json", empty)
         tensors = load_file(folder / NAME)
         zeros = {name: torch.zeros_like(t) if any(b in name for b in PRODUCT) else t for name, t in tensors.items()}

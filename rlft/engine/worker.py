@@ -10,9 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlft.engine.base import Delta, Engine, Full, Weights
+from rlft.lock import Scratch
 from rlft.types import Completion, InputError, RunError, Sampling
 
 SHARD_BYTES = 64 * 2**20
@@ -67,12 +66,9 @@ class WorkerEngine:
         if isinstance(weights, Delta):
             await self._call("load_weights", weights, version)
         else:
-            folder = Path(tempfile.mkdtemp(prefix="rlft-sync-", dir=_shared()))
-            try:
+            with Scratch("rlft-sync", _shared()) as folder:
                 _write(weights, folder)
                 await self._call("load_files", str(folder), version)
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
         self.version = version
 
     async def units(self, names: Sequence[str]) -> dict[str, str]:
@@ -162,8 +158,8 @@ class WorkerEngine:
             self._process.join(5)
 
 
-def _shared() -> str | None:
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+def _shared() -> Path | None:
+    return Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 
 
 def _write(weights: Full, folder: Path) -> None:
