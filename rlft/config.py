@@ -180,6 +180,14 @@ class Checkpoint(Block):
     keep: int = Field(default=2, ge=1, description="the newest so many, and the best by eval/accuracy")
 
 
+class Faults(Block):
+    """How much may go wrong before the run stops."""
+
+    skipped: int = Field(
+        default=3, ge=0, description="optimizer steps in a row that may be skipped, their loss or gradient not finite"
+    )
+
+
 class Show(Block):
     """Samples on the terminal."""
 
@@ -209,6 +217,7 @@ class Config(Block):
     sync: Sync = Sync()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    faults: Faults = Faults()
     show: Show = Show()
     track: tuple[str, ...] = Field(default=(), description=f"any of {', '.join(TRACKERS)}")
 

@@ -10,6 +10,7 @@ from rlft.build import Parts
 from rlft.chance import undisturbed
 from rlft.checkpoint import Checkpoints
 from rlft.evaluate import win_rate
+from rlft.faults import Faults
 from rlft.terminal import Terminal
 from rlft.track import Record, summary
 from rlft.types import Group
@@ -18,12 +19,15 @@ from rlft.types import Group
 class Around:
     """The hooks of `train`. Evaluation and checkpoints are timed apart; `time/step` leaves them out."""
 
-    def __init__(self, parts: Parts, record: Record, checkpoints: Checkpoints, terminal: Terminal) -> None:
+    def __init__(
+        self, parts: Parts, record: Record, checkpoints: Checkpoints, terminal: Terminal, faults: Faults
+    ) -> None:
         self._parts = parts
         self._config = parts.material.config
         self._record = record
         self._checkpoints = checkpoints
         self._terminal = terminal
+        self._faults = faults
         self.first: list[Group] = []
         self.last: list[Group] = []
         self._accuracies: list[tuple[int, float]] = []
@@ -33,6 +37,7 @@ class Around:
     async def before(self, start: int) -> None:
         """See `Hooks.before`: the evaluation before training is the row of step 0."""
         self._saved = start if start else -1
+        self._faults.step = start + 1
         if self._parts.evaluation is not None:
             metrics = await self._evaluate(start, record=start == 0)
             self.first = self.last
@@ -58,11 +63,14 @@ class Around:
             beside += time.perf_counter() - begun_eval
         row["time/step"] += time.perf_counter() - begun - beside
         self._record.metrics(step, row)  # first: a row without its checkpoint is cut, one that is lost is not made up
+        learner = self._parts.learner
+        self._faults.skipped(learner.skipped, learner.stepper.skipped_in_a_row, chosen)
         if self._due(self._config.checkpoint.every, step) or last or improved:
             self._save(step)
         self._terminal.step(step, row)
         if self._due(self._config.show.every, step):
             self._terminal.samples(step, groups, self._config.show.samples)
+        self._faults.step = step + 1
 
     def keep(self, step: int) -> None:
         """Save what was learned up to `step`, if that is not done yet."""

@@ -28,8 +28,9 @@ from rlft.packing import most
 from rlft.policy import Policy
 from rlft.ranks import add_gradients, filled, gather, share, world
 from rlft.reference import Reference
-from rlft.schedule import Schedule, make_optimizer, make_scheduler
-from rlft.types import RunError
+from rlft.schedule import Schedule
+from rlft.stepper import Skipped, Stepper
+from rlft.types import NAN
 
 NOTHING = Owned()
 
@@ -69,23 +70,21 @@ class Learner:
         self.second = SecondAdapter(policy, self.own["adapter"], headed) if owned.adapter else None
         self.forward = Forward(policy, temperature, packing=schedule.packing) if owned.adapter else headed
         self._computed = headed.computed
-        self._named = [*policy.trainable(), *((f"own.{name}", p) for name, p in self.own.named_parameters())]
-        self._parameters = [p for _, p in self._named]
-        own = list(self.own.parameters()) if owned.adapter else []
-        self._clipped = [self._parameters[: len(self._parameters) - len(own)], own]
-        self.optimizer = make_optimizer(self._parameters, schedule)
-        self.scheduler = make_scheduler(self.optimizer, schedule)
+        own = [(f"own.{name}", p) for name, p in self.own.named_parameters()]
+        self.stepper = Stepper(policy, own, schedule, owned.adapter, owned.alone, reference)
+        self.optimizer, self.scheduler = self.stepper.optimizer, self.stepper.scheduler
+        self.skipped: list[Skipped] = []  # the last update's optimizer steps that were not taken
         self.generator = torch.Generator().manual_seed(seed)
         self.credited: Batch | None = None  # the last update's batch with its advantages, for the record
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """What the optimizer moves, by name, in its order: the policy's, and under `own.` the algorithm's."""
-        return dict(self._named)
+        return dict(self.stepper.named)
 
     @property
     def names(self) -> list[str]:
         """The trained parameters' names in the optimizer's order."""
-        return [name for name, _ in self._named]
+        return [name for name, _ in self.stepper.named]
 
     def weights(self) -> Policy:
         """What a sync reads the new weights from."""
@@ -110,34 +109,39 @@ class Learner:
 
     def update(self, batch: Batch, algorithm: Algorithm) -> dict[str, float]:
         """One pass over the batch: credit, weigh, and every optimizer step. Returns what to log."""
-        self.credited = None
+        self.credited, self.skipped = None, []
         algorithm = algorithm.at(self.remembered)
         if not len(batch) or not batch.mask.any():
-            rate = float(self.scheduler.get_last_lr()[0])
-            self._step_schedule(self.schedule.epochs * self.schedule.minibatches)
+            rate = self.stepper.rate
+            self.stepper.pass_over(self.schedule.epochs * self.schedule.minibatches)
             return {"tokens/trained": 0.0, "learner/lr": rate, **self._refreshed()}
         batch = self.credited = algorithm.credit(self.fill(batch, algorithm.needs))
-        losses, norms, parts, trained, rate = [], [], [], 0, 0.0
+        losses, norms, parts, trained, rate, count = [], [], [], 0, 0.0, 0
         newest: int | None = int(batch.version.max())
-        for step in self._cut(batch, algorithm.unit):
-            loss, metrics, tokens = self._accumulate(self._prepared(step, algorithm), algorithm, newest)
-            rate = float(self.scheduler.get_last_lr()[0])
-            norms.append(self._optimize(loss))
+        for step in map(partial(self._prepared, algorithm=algorithm), self._cut(batch, algorithm.unit)):
+            loss, metrics, tokens = self._accumulate(step, algorithm, newest)
+            rate, count, newest = self.stepper.rate, count + 1, None
+            taken = self.stepper.take(loss)
+            if taken.skipped:
+                rows = self._unsound(step, algorithm)
+                self.skipped.append(Skipped(step, loss, taken.norm, taken.unsound, rows))
+                continue
+            norms.append(taken.norm)
             losses.append(loss)
             parts += metrics
             seen = {name: stat.value for name, stat in merge(metrics).items()} | {"score/mean": mean_score(step)}
             self.remembered = dict(algorithm.remember(self.remembered, seen))
             trained += tokens
-            newest = None
-        self._step_schedule(self.schedule.epochs * self.schedule.minibatches - len(norms))
-        parts = parts or [self._glance(batch, algorithm)]
+        self.stepper.pass_over(self.schedule.epochs * self.schedule.minibatches - count)
+        parts = parts or ([] if self.skipped else [self._glance(batch, algorithm)])
         return {
-            "loss/total": sum(losses) / len(losses),
-            "loss/grad_norm": sum(norms) / len(norms),
+            "loss/total": sum(losses) / len(losses) if losses else NAN,
+            "loss/grad_norm": sum(norms) / len(norms) if norms else NAN,
             "tokens/trained": float(trained),
             "learner/lr": rate,
             "advantage/zero_groups": _zero_groups(batch),
             **self._refreshed(),
+            **({"learner/skipped": float(len(self.skipped))} if self.skipped else {}),
             **{name: stat.value for name, stat in merge(parts).items()},
         }
 
@@ -146,8 +150,8 @@ class Learner:
         algorithm = algorithm.at(self.remembered)
         batch = algorithm.credit(self.fill(batch, algorithm.needs))
         self._accumulate(self._prepared(batch, algorithm), algorithm, None)
-        found = {name: p.grad.clone() for name, p in self._named if p.grad is not None}
-        self.optimizer.zero_grad(set_to_none=True)
+        found = {name: p.grad.clone() for name, p in self.stepper.named if p.grad is not None}
+        self.stepper.forget()
         return found
 
     @torch.no_grad()
@@ -289,27 +293,40 @@ class Learner:
             part = kept.rows(rows).to(self.policy.device)
             if not part.mask.any():
                 continue
-            with self._products():
-                outputs = self._outputs(part, algorithm)
-                loss, metrics = algorithm.loss(outputs, part)
-                if loss.requires_grad:
-                    loss.backward()
-                if self.second is not None:
-                    self.second.backward()
-            total += float(loss.detach())
+            loss, metrics, outputs = self._backward(part, algorithm)
+            total += loss
             parity = _parity(outputs, part, newest) if newest is not None and algorithm.vocabulary else {}
             parts.append({**metrics, **parity})
             trained += int(part.mask.sum())
-        if self._alone():
+        if self.stepper.alone:
             for _, p in self.policy.trainable():
                 p.grad = None
-        add_gradients(self._parameters)
+        add_gradients(self.stepper.parameters)
         everyone = gather((total, parts, trained))
         return sum(one[0] for one in everyone), [m for one in everyone for m in one[1]], sum(one[2] for one in everyone)
 
-    def _alone(self) -> bool:
-        """In this optimizer step the policy stays as it is."""
-        return self.scheduler.last_epoch < self.owned.alone
+    def _backward(self, part: Batch, algorithm: Algorithm) -> tuple[float, Metrics, Outputs]:
+        """Add the gradient of a micro-batch; its loss, metrics and forward pass."""
+        with self._products():
+            outputs = self._outputs(part, algorithm)
+            loss, metrics = algorithm.loss(outputs, part)
+            if loss.requires_grad:
+                loss.backward()
+            if self.second is not None:
+                self.second.backward()
+        return float(loss.detach()), metrics, outputs
+
+    def _unsound(self, step: Batch, algorithm: Algorithm) -> tuple[int, ...]:
+        """The rows of a prepared optimizer step whose loss or gradient is not finite even alone, a unit kept whole."""
+        unit, found = algorithm.micro or algorithm.unit, []
+        with torch.random.fork_rng():
+            for rows in torch.arange(len(step)).split(unit):
+                part = step.rows(rows).to(self.policy.device)
+                loss = self._backward(part, algorithm)[0] if part.mask.any() else 0.0
+                if not math.isfinite(loss) or self.stepper.unsound():
+                    found += rows.tolist()
+                self.stepper.forget()
+        return tuple(found)
 
     def _outputs(self, part: Batch, algorithm: Algorithm) -> Outputs:
         """The forward pass of a micro-batch with everything that the loss asks for."""
@@ -325,41 +342,8 @@ class Learner:
         learned = {name: p for name, p in self.own.named_parameters() if name in self.owned.learned}
         return replace(outputs, scalars={**numbers, **learned})
 
-    def _optimize(self, loss: float) -> float:
-        """Clip, step, and refuse to go on from a gradient that is not finite. Returns the norm before clipping."""
-        grads = [p for p in self._parameters if p.grad is not None]
-        norm = math.hypot(*(self._clip([p for p in part if p.grad is not None]) for part in self._clipped))
-        if not (math.isfinite(norm) and math.isfinite(loss)):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise RunError(
-                f"the loss is {loss} and the gradient's norm {norm}: nothing was updated. "
-                "Lower learner.lr, or resume from the last checkpoint with another setting."
-            )
-        if grads:
-            self.optimizer.step()
-            if not self._alone():
-                self.policy.stepped(self.scheduler.last_epoch + 1)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._step_schedule(1)
-        return norm
-
-    def _clip(self, parameters: list[torch.nn.Parameter]) -> float:
-        """Their gradient's norm before it is clipped."""
-        limit = self.schedule.max_grad_norm or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit)) if parameters else 0.0
-
     def _refreshed(self) -> dict[str, float]:
         return {} if self.reference is None else self.reference.metrics()
-
-    def _step_schedule(self, times: int) -> None:
-        import warnings
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch warns when a step without data had no optimizer.step
-            for _ in range(times):
-                self.scheduler.step()
-                if self.reference is not None:
-                    self.reference.stepped(self.scheduler.last_epoch)
 
 
 def _still(model: torch.nn.Module) -> None:

@@ -16,6 +16,7 @@ from rlft.checkpoint import Checkpoints, restore
 from rlft.config import Config
 from rlft.environment import FILE as ENVIRONMENT
 from rlft.environment import note
+from rlft.faults import Faults
 from rlft.hooks import Around, run_folder
 from rlft.lock import FILE as LOCK
 from rlft.lock import refuse_in_use, sole_writer
@@ -104,6 +105,7 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's own would wait until all is loaded
     kept = trackers(config.track, config.name, folder, config.model_dump(mode="json"))
     record = Record(folder, kept)
+    faults = Faults(folder, config.faults.skipped, terminal.say)
     parts: Parts | None = None
     try:
         with terminal.busy("loading the policy and starting the engine"):
@@ -117,7 +119,7 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
         record.cut(start)
         write_config(folder, config)  # only now: overrides that the checkpoint does not fit must not stay
         note(folder, config, start)
-        around = Around(parts, record, checkpoints, terminal)
+        around = Around(parts, record, checkpoints, terminal, faults)
         run = Run(config.steps, parts.source, stuff.algorithm, parts.learner, _sync(parts), around)
         try:
             with _interruptible(run.stop, terminal):

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 WRITING, REMOVING = ".writing-", ".removing-"
-PLACES = (".", "rollouts", "eval", "checkpoints")
+PLACES = (".", "rollouts", "eval", "checkpoints", "skipped")
 
 
 @contextmanager

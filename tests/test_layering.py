@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ranks": set(),
     "forward": {"policy", "batch", "prefix", "packing", "kernels", "algorithms.base"},
     "schedule": set(),
+    "stepper": {"batch", "policy", "reference", "schedule"},
     "own": {"policy", "batch", "forward", "packing", "swap", "algorithms.base"},
     "learner": {
         "own",
@@ -69,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "ranks",
         "reference",
         "schedule",
+        "stepper",
         "algorithms.base",
     },
     "sync": {"engine.base", "lock", "policy", "batch"},
@@ -80,7 +82,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"allocation", "config_data", "algorithms.catalog", "rewards.catalog", "envs.catalog"},
     "settings": {"config"},
     "terminal": set(),
-    "hooks": {"batch", "build", "chance", "checkpoint", "terminal", "track", "evaluate"},
+    "faults": {"checkpoint", "stepper", "track", "whole"},
+    "hooks": {"batch", "build", "chance", "checkpoint", "faults", "terminal", "track", "evaluate"},
     "unfit": {"config", "data", "rewards.base"},
     "build": {ANYTHING},
     # what a command does
@@ -90,6 +93,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint",
         "config",
         "environment",
+        "faults",
         "hooks",
         "lock",
         "settings",

@@ -28,7 +28,7 @@ from rlft.batch import Batch
 from rlft.learner import Learner, Schedule
 from rlft.policy import Policy
 from rlft.prefix import prompt_lengths
-from rlft.types import NAN, Group, RunError, Sample, Task, Trajectory
+from rlft.types import NAN, Group, Sample, Task, Trajectory
 
 MakeGroups = Callable[..., list[Group]]
 LORA: dict[str, Any] = {"type": "lora", "r": 4, "target_modules": "all-linear"}
@@ -575,7 +575,7 @@ def test_trap_32_a_missing_score_changes_no_gradient(tiny_model: Path, make_grou
 
 
 @pytest.mark.parametrize("kind", ["score", "loss", "gradient"])
-def test_a_loss_that_is_not_finite_stops_the_run_and_moves_nothing(
+def test_a_loss_that_is_not_finite_moves_nothing_and_names_its_rows(
     tiny_model: Path, make_groups: MakeGroups, kind: str
 ) -> None:
     learner = learner_of(shake(Policy(tiny_model, LORA, device="cpu")))
@@ -591,13 +591,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_moves_nothing(
     algorithm = ALGORITHMS["grpo"] if kind == "score" else replace(ALGORITHMS["sft"], loss=broken)
     if kind == "score":
         groups[0][1].score = NAN
-    with pytest.raises(RunError, match="nothing was updated"):
-        learner.update(Batch.of(groups), algorithm)
+    epoch = learner.scheduler.last_epoch
+    metrics = learner.update(Batch.of(groups), algorithm)
+    assert metrics["learner/skipped"] == learner.stepper.skipped_in_a_row == 1
+    assert math.isnan(metrics["loss/total"])
+    assert learner.scheduler.last_epoch == epoch + 1
+    (skip,) = learner.skipped
+    if kind == "score":  # the other group is sound, and so would its rows have been
+        assert skip.rows == tuple((skip.batch.group == 0).nonzero().flatten().tolist())
+    else:
+        assert skip.rows == tuple(range(len(skip.batch)))
+    assert bool(skip.parameters) == (kind != "loss")
     assert all(torch.equal(p, before[name]) for name, p in snapshot(learner).items())
     after = learner.optimizer.state_dict()["state"]
     assert all(torch.equal(after[i][k], moments[i][k]) for i in moments for k in moments[i])
     assert all(p.grad is None for _, p in learner.policy.trainable())
-    learner.update(Batch.of(make_groups(2, 3, seed=2)), ALGORITHMS["grpo"])
+    assert "learner/skipped" not in learner.update(Batch.of(make_groups(2, 3, seed=2)), ALGORITHMS["grpo"])
+    assert learner.stepper.skipped_in_a_row == 0
     assert any(not torch.equal(p, before[name]) for name, p in snapshot(learner).items())
 
 

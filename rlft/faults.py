@@ -1,0 +1,93 @@
+"""What goes wrong and does not end the run: written down as it happens, and counted against the config's `faults`.
+
+A run's `failures.jsonl` has one line per fault. It is a log: a resumed run adds to it and takes nothing back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from rlft.checkpoint import disk_errors
+from rlft.stepper import Skipped
+from rlft.track import append_line, prompt_of
+from rlft.types import Group, RunError, Trajectory
+from rlft.whole import replacing
+
+FILE = "failures.jsonl"
+
+
+class Faults:
+    """The faults of one session. skipped: the bound, see `rlft.config.Faults`.
+
+    folder: the run's; None keeps nothing. say: tells the user one line. step: the one that is being taken.
+    """
+
+    def __init__(self, folder: Path | None, skipped: int = 3, say: Callable[[str], None] | None = None) -> None:
+        self._folder = folder
+        self._skipped = skipped
+        self._say = say
+        self.step = 1
+
+    def note(self, fault: str, said: str = "", **more: Any) -> None:
+        """One line in failures.jsonl; said: one for the terminal too."""
+        row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": self.step, "fault": fault, **more}
+        if self._folder is not None:
+            append_line(self._folder / FILE, json.dumps(row, ensure_ascii=False, default=str))
+        if said and self._say is not None:
+            self._say(said)
+
+    def skipped(self, steps: Sequence[Skipped], in_a_row: int, chosen: Sequence[Group]) -> None:
+        """Keep the batches of optimizer steps that were not taken. Raises RunError when there are too many in a row."""
+        for number, skip in enumerate(steps[: self._skipped + 1], 1):
+            kept = self._keep(skip, number, chosen)
+            where = f" Its batch is kept in {kept}." if kept else ""
+            said = f"step {self.step}: the loss is {skip.loss} and the gradient's norm {skip.norm}: skipped.{where}"
+            self.note("skipped", said, loss=str(skip.loss), norm=str(skip.norm), rows=len(skip.rows), kept=str(kept))
+        if in_a_row > self._skipped:
+            last = steps[-1]
+            raise RunError(
+                f"the loss is {last.loss} and the gradient's norm {last.norm}: {in_a_row} optimizer steps in a row "
+                f"were not finite, and none of them was taken; faults.skipped allows {self._skipped}. The batches are "
+                f"in {self._folder and self._folder / 'skipped'}. Lower learner.lr, or resume from the last checkpoint "
+                "with another setting."
+            )
+
+    def _keep(self, skip: Skipped, number: int, chosen: Sequence[Group]) -> Path | None:
+        """The batch as safetensors, and beside it, as JSON, what its rows are and which of them are to blame."""
+        if self._folder is None:
+            return None
+        folder = self._folder / "skipped"
+        folder.mkdir(exist_ok=True)
+        path = folder / (f"step-{self.step:06d}" + (f"-{number}" if number > 1 else "") + ".safetensors")
+        tensors = {f.name: getattr(skip.batch, f.name).cpu().contiguous() for f in fields(skip.batch)}
+        about = {
+            "step": self.step,
+            "loss": str(skip.loss),
+            "norm": str(skip.norm),
+            "parameters": list(skip.parameters),
+            "rows": [_row(i, chosen, skip) for i in range(len(skip.batch))],
+        }
+        with disk_errors(path), replacing(path) as scratch:
+            save_file(tensors, scratch)
+        with replacing(path.with_suffix(".json")) as scratch:
+            scratch.write_text(json.dumps(about, indent=1))
+        return path
+
+
+def _row(i: int, chosen: Sequence[Group], skip: Skipped) -> dict[str, Any]:
+    """What row `i` of a batch that was made of `chosen` is, and whether it alone is not finite."""
+    scored = [t for group in chosen for t in group if t.total is not None]
+    index = int(skip.batch.trajectory[i])
+    found: Trajectory | None = scored[index] if index < len(scored) else None
+    about = {"row": i, "finite": i not in skip.rows, "trajectory": index, "group": int(skip.batch.group[i])}
+    if found is not None:
+        about |= {"task_id": found.task.id, "prompt": prompt_of(found.task), "completion": found.completion}
+        about |= {"score": str(found.total), "finish": found.finish, "drawn": found.drawn}
+    return about
