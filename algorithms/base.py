@@ -149,6 +149,8 @@ class Algorithm:
     owned, remember: see Owned; remember(numbers, metrics of the optimizer step) gives the next step's numbers; the
     metrics hold `score/mean`, see mean_score. revise: the parts that follow from the numbers, by name: a `select` or a
     `credit` that changes as the run goes on; see `at`.
+    residual: the share of the policy's own greedy guess, made in a pass before without gradients, in the embedding of
+    every chosen token that the loss's forward pass reads (a temporal residual connection).
     distributions: the loss wants `logits` and the teacher's. vocabulary: it wants log-probs or entropies; False where
     it reads its head alone: no logits are made then, and both are NaN. refill: sample on until `select` has kept
     as many groups as a step has tasks. draws: further members of each group, which `Trajectory.drawn` and `Batch.drawn`
@@ -167,6 +169,7 @@ class Algorithm:
     prepare: Prepare = unchanged
     owned: Owned = Owned()
     remember: Remember = forgotten
+    residual: float = 0.0
     distributions: bool = False
     vocabulary: bool = True
     refill: bool = False

@@ -81,15 +81,18 @@ class Forward:
 
         return cached
 
-    def __call__(self, batch: Batch, model: Any = None, logits: bool = False, vocabulary: bool = True) -> Outputs:
+    def __call__(
+        self, batch: Batch, model: Any = None, logits: bool = False, vocabulary: bool = True, residual: float = 0.0
+    ) -> Outputs:
         """Log-probs at the sampling temperature, in at least float32.
 
         A prompt that rows share is computed once. logits: keep those of the chosen tokens. vocabulary: False where
-        only the head is asked for; log-probs and entropies of the chosen tokens are NaN then.
+        only the head is asked for; log-probs and entropies of the chosen tokens are NaN then. residual: see
+        `Algorithm.residual`.
         """
         model = model or self._policy.model
         packs, behind = self._measured(model)
-        parts = split(batch) if self.shares and not packs and not logits else None
+        parts = split(batch) if self.shares and not packs and not logits and not residual else None
         if parts is not None:
             logprobs, entropy = self._shared(parts, model)
             return Outputs(_onto(batch.mask, logprobs), _onto(batch.mask, entropy))
@@ -99,6 +102,8 @@ class Forward:
             layout = packed(batch.tokens, batch.valid, rows, made)
         else:
             layout = padded(batch.tokens, batch.valid)
+        if residual and batch.mask.any():
+            layout = _expected(model, layout, batch.mask, residual)
         return self._outputs(batch, layout, model, logits, vocabulary)
 
     def _outputs(self, batch: Batch, layout: Layout, model: Any, logits: bool, vocabulary: bool) -> Outputs:
@@ -161,6 +166,19 @@ class Forward:
         return torch.cat(logprobs)[order], torch.cat(entropies)[order]
 
 
+@torch.no_grad()
+def _expected(model: Any, layout: Layout, mask: Tensor, share: float) -> Layout:
+    """The layout with `share` of the model's own greedy guess in the embedding of every chosen token."""
+    row, column = mask.nonzero(as_tuple=True)
+    _, guesses = _passed(model, layout, layout.cell[row, column - 1], vocabulary=True)
+    assert guesses is not None
+    embed = model.get_input_embeddings()
+    embedded = embed(layout.tokens)
+    flat, chosen = embedded.flatten(0, 1), layout.cell[row, column]
+    flat[chosen] = torch.lerp(flat[chosen], embed(guesses.argmax(-1)).to(flat.dtype), share)
+    return replace(layout, embedded=flat.view_as(embedded).detach())
+
+
 def values_of(scores: Tensor, mask: Tensor) -> Tensor:
     """The head's first output before each chosen token, [b, t]; 0 elsewhere."""
     return torch.where(mask, nn.functional.pad(scores[:, :-1, 0], (1, 0)), 0.0)
@@ -172,7 +190,8 @@ def can_share(policy: Policy) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     recomputed = getattr(policy.causal_lm, "is_gradient_checkpointing", False)
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return kinds == {"full_attention"} and not windowed and not recomputed and not policy.prompts_learned
+    plain = kinds == {"full_attention"} and not windowed and not getattr(policy.causal_lm, "_is_stateful", False)
+    return plain and not recomputed and not policy.prompts_learned
 
 
 def _onto(mask: Tensor, values: Tensor) -> Tensor:

@@ -330,7 +330,8 @@ class Learner:
 
     def _outputs(self, part: Batch, algorithm: Algorithm) -> Outputs:
         """The forward pass of a micro-batch with everything that the loss asks for."""
-        outputs = self.forward(part, logits=algorithm.distributions, vocabulary=algorithm.vocabulary)
+        wants = {"logits": algorithm.distributions, "vocabulary": algorithm.vocabulary, "residual": algorithm.residual}
+        outputs = self.forward(part, **wants)
         if algorithm.distributions and self.teacher is not None:
             with torch.no_grad():
                 other = self.forward(part, model=self.teacher, logits=True).logits

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -123,7 +123,8 @@ def most(fits: Callable[[int], bool], count: int) -> int:
 class Layout:
     """Where each token of a batch is computed: cell counts through `tokens` row by row; what padding has is not used.
 
-    attention: None (causal, rows told apart by positions), which tokens are there, or who sees whom.
+    attention: None (causal, rows told apart by positions), which tokens are there, or who sees whom. embedded: what the
+    model reads in place of the tokens' own embeddings.
     """
 
     tokens: Int[Tensor, "n w"]
@@ -131,12 +132,14 @@ class Layout:
     attention: Tensor | None
     cell: Int[Tensor, "b t"]
     used: Bool[Tensor, " nw"]
+    embedded: Float[Tensor, "n w d"] | None = None
 
     @property
     def given(self) -> dict[str, Any]:
         """The arguments of a transformers model."""
+        read = {"input_ids": self.tokens} if self.embedded is None else {"inputs_embeds": self.embedded}
         return {
-            "input_ids": self.tokens,
+            **read,
             "attention_mask": self.attention,
             "position_ids": self.positions,
             "use_cache": False,

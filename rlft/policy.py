@@ -186,9 +186,7 @@ class Policy:
     def load(self, path: Path) -> Any:
         """A model of transformers in this policy's dtype. Raises InputError."""
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=self.dtype, trust_remote_code=self._remote, attn_implementation="sdpa"
-            )
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, trust_remote_code=self._remote)
         except (OSError, ValueError) as error:
             raise InputError(f"model.path: {path} does not load as a causal language model: {error}") from error
         model.config.use_cache = False

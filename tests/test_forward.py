@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
+from transformers import AutoModelForCausalLM, BloomConfig, GPTJConfig, MambaConfig, PreTrainedConfig, RwkvConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlft.algorithms.base import Algorithm, Owned
@@ -291,3 +292,31 @@ def test_the_policy_learns_from_the_critic(tiny_model: Path) -> None:
     assert shares[0] == shares[2]  # the policy waits for the critic
     assert shares[0] < 0.8
     assert shares[-1] > 0.95
+
+
+WITHOUT_SDPA = {
+    "bloom": BloomConfig(vocab_size=320, hidden_size=32, n_layer=2, n_head=2),
+    "gptj": GPTJConfig(vocab_size=320, n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=128),
+    "mamba": MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "rwkv": RwkvConfig(vocab_size=320, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_SDPA)
+def test_a_model_without_fused_attention_is_read_as_each_row_alone(
+    tmp_path: Path, make_groups: MakeGroups, name: str
+) -> None:
+    """Attention as the model has it, a state instead of keys and values, prompts that rows share."""
+    config: PreTrainedConfig = WITHOUT_SDPA[name]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy = Policy(tmp_path, None, device="cpu")
+    batch = Batch.of(make_groups(2, 3, longest=12))
+    learner = Learner(policy, Schedule(lr=0.1, steps=1))
+    found = learner.logprobs(batch)
+    for i in range(len(batch)):
+        tokens, chosen = batch.tokens[i][batch.valid[i]], batch.mask[i][batch.valid[i]]
+        with torch.no_grad():
+            alone = policy.model(input_ids=tokens[None]).logits[0].log_softmax(-1)
+        wanted = alone[:-1].gather(1, tokens[1:, None])[:, 0][chosen[1:]]
+        torch.testing.assert_close(found[i][batch.mask[i]], wanted, rtol=1e-4, atol=1e-4)

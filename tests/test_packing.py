@@ -279,6 +279,50 @@ def test_trap_18_what_the_trunk_has_where_nothing_stands_reaches_no_gradient(tin
         close(found[name], gradient, 1e-12)
 
 
+# --- the model's own guesses among what it reads ---------------------------------------------------------------------
+
+
+def guessed(learner: Learner, batch: Batch, share: float) -> Tensor:
+    """Log-probs of the chosen tokens with guesses among the embeddings, row by row and position by position."""
+    model, embed = learner.policy.model, learner.policy.causal_lm.get_input_embeddings().weight.detach()
+    found = torch.zeros(batch.tokens.shape, dtype=torch.float64)
+    for i in batch.mask.any(1).nonzero().flatten().tolist():
+        places = batch.valid[i].nonzero().flatten().tolist()
+        tokens = batch.tokens[i][batch.valid[i]]
+        with torch.no_grad():
+            first = model(input_ids=tokens[None]).logits[0]
+            read = embed[tokens].clone()
+            for k, place in enumerate(places):
+                if batch.mask[i, place]:
+                    read[k] = (1 - share) * embed[tokens[k]] + share * embed[int(first[k - 1].argmax())]
+        logits = model(inputs_embeds=read[None]).logits[0] / 0.8
+        for k, place in enumerate(places):
+            if batch.mask[i, place]:
+                found[i, place] = logits[k - 1].log_softmax(-1)[tokens[k]]
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("packing", ["on", "off"])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_guesses_are_read_in_the_share_that_is_asked_for(
+    tiny_model: Path, shape: str, packing: str, recomputed: bool
+) -> None:
+    """Value and gradient; a share of 0 is the plain pass, a share of 1 reads guesses only."""
+    learner = wide(tiny_model, packing=packing, gradient_checkpointing=recomputed)
+    learner.policy.model.train()
+    batch = double(Batch.of(drawn(shape)))
+    plain = learner.forward(batch).logprobs
+    for share in (0.2, 1.0):
+        found, wanted = learner.forward(batch, residual=share).logprobs, guessed(learner, batch, share)
+        close(found, wanted, 1e-10)
+        assert float((found - plain).abs().max()) > 1e-3
+        slope = gradients(learner, wanted.square().sum())
+        for name, gradient in gradients(learner, found.square().sum()).items():
+            assert float((gradient - slope[name]).abs().max()) <= 1e-10 * float(slope[name].abs().max()), name
+    close(learner.forward(batch, residual=1e-14).logprobs, plain, 1e-10)
+
+
 # --- the learner ------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +335,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "pairs": {"type": "dpo"},
     "critic": {"type": "ppo", "kl": 0.1, "entropy": 0.01},
     "recorded": {"type": "sft"},
+    "residual": {"type": "ift", "targets": "all"},
     "reward model": {"type": "reward_model", "centre": 0.01},
     "distributions": {"type": "gkd"},
 }

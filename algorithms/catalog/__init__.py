@@ -18,7 +18,7 @@ from rlft.algorithms.catalog.directional import Dpa
 from rlft.algorithms.catalog.distillation import Gflownet, Gkd, OnPolicyDistillation
 from rlft.algorithms.catalog.hints import HintRft, Star
 from rlft.algorithms.catalog.hybrid import Hpt
-from rlft.algorithms.catalog.imitation import Dft, Raft, ReinforcedSelfTraining, Rejection, RewardWeighted, Sft
+from rlft.algorithms.catalog.imitation import Dft, Ift, Raft, ReinforcedSelfTraining, Rejection, RewardWeighted, Sft
 from rlft.algorithms.catalog.online_preference import NashMd, Xpo
 from rlft.algorithms.catalog.preference import Cpo, Dpo, Orpo, Simpo, StepDpo
 from rlft.algorithms.catalog.remax import Remax
@@ -29,7 +29,7 @@ from rlft.algorithms.catalog.unpaired import Bco, Kto
 PolicyGradient = pg.Reinforce | pg.Rloo | pg.Gpg | pg.Opo | pg.MaxRl | pg.ReinforcePp | pg.LooPpo | pg.PassK
 Group = group.Grpo | group.Bnpo | group.DrGrpo | group.Dapo | group.Cispo | group.Sapo
 Sequence = sequence.Gspo | sequence.Luspo | sequence.Gmpo
-Imitation = Sft | Dft | Rejection | Raft | ReinforcedSelfTraining | RewardWeighted | Dpa | Rise
+Imitation = Sft | Ift | Dft | Rejection | Raft | ReinforcedSelfTraining | RewardWeighted | Dpa | Rise
 Distillation = OnPolicyDistillation | Gkd | Gflownet
 Preference = Dpo | StepDpo | Simpo | Cpo | Orpo | Kto | Bco
 Drawn = Remax | Xpo | NashMd | Star | HintRft | Hpt

@@ -46,22 +46,37 @@ class Sft(Supervised):
     """Supervised fine-tuning: maximum likelihood of the completion, the prompt masked out.
 
     `targets: weighted` is MORepair's objective (Yang et al. 2024, arXiv:2404.12636) for any number of targets.
-    `propagation` is one half of Intuitive Fine-Tuning (Hua et al. 2024, arXiv:2405.11870). Its other half, the temporal
-    residual connection, feeds the model a mixture of embeddings and is not offered.
     """
 
     type: Literal["sft"] = "sft"
+
+    def build(self) -> Algorithm:
+        return _supervised(self.targets, losses.likelihood, "log p")
+
+
+class Ift(Supervised):
+    """Intuitive fine-tuning: demonstrations, read as if the policy had said a part of them itself.
+
+    Hua et al. 2024, arXiv:2405.11870, after the authors' code: the temporal residual connection puts a share of the
+    policy's own greedy guess into the embedding of each token it goes on from, and the relation propagation counts a
+    token for what goes wrong after it. Their schedule and noise for the share are off by default and not here.
+    """
+
+    type: Literal["ift"] = "ift"
+    residual: float = Field(
+        default=0.2, ge=0, le=1, description="the policy's own guess in each answer token's embedding; 0: as written"
+    )
     propagation: float = Field(
-        default=0.0, ge=0, le=1, description="how far back a token counts for the ones after it; 0: every token alike"
+        default=0.95, ge=0, le=1, description="how far back a token counts for the ones after it; 0: every token alike"
     )
 
     def build(self) -> Algorithm:
-        if not self.propagation:
-            return _supervised(self.targets, losses.likelihood, "log p")
         what = (
-            f"W log p, W = its and later tokens' -log p at discount {self.propagation:g}, over the row's mean of that"
+            f"W log p(read with {self.residual:g} of its own guesses), W = its and later tokens' -log p at discount "
+            f"{self.propagation:g}, over the row's mean of that"
         )
-        return _supervised(self.targets, partial(imitation.propagated, gamma=self.propagation), what, by_row=True)
+        loss = partial(imitation.propagated, gamma=self.propagation)
+        return replace(_supervised(self.targets, loss, what, by_row=True), residual=self.residual)
 
 
 class Dft(Supervised):

@@ -124,9 +124,9 @@ def test_propagated_trap_18_and_rows_by_themselves(make_groups: MakeGroups, fill
     assert torch.isfinite(sure.grad).all()
 
 
-def test_sft_propagates_by_row(make_groups: MakeGroups, filled: Filled) -> None:
+def test_ift_propagates_by_row(make_groups: MakeGroups, filled: Filled) -> None:
     batch = filled(make_groups(3, 1, seed=2))
-    built = build(type="sft", propagation=0.95)
+    built = build(type="ift")
     step = built.weigh(built.credit(batch))
     found = built.loss(outputs(leaf(batch)), step)[0].item()
     rows = [propagated([-float(x) for x in batch.old_logprobs[i][batch.mask[i]]], 0.95) for i in range(len(batch))]
