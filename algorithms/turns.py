@@ -61,7 +61,7 @@ def reward_weighted(
 
     RISE (Qu et al. 2024, arXiv:2407.18219), as in the authors' code, where each attempt is a row of its own with this
     weight. scale: "task" divides by the mean weight of the task's turns that are kept, so that no task outweighs the
-    others. That is our choice; the same number taken from every r of a task beforehand changes nothing. "none": the
+    others. That is rlft's choice; the same number taken from every r of a task beforehand changes nothing. "none": the
     exponent is at most LIMIT. keep, as in the authors' code: "better" drops turns not paid more than the one before,
     "best" those paid less than any before; the first of a trajectory stays. What is dropped is masked out.
     """

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import rlft.chance as chance
 from rlft.build import Material, Parts, assemble, material
@@ -50,7 +51,7 @@ def _first_session(stuff: Material, folder: Path, terminal: Terminal) -> int:
     sweep(folder)
     write_config(folder, stuff.config)
     try:
-        return asyncio.run(_session(stuff, folder, None, terminal))
+        return _run(_session(stuff, folder, None, terminal))
     except InputError:  # the run did not begin: its name is free again
         if not (folder / "metrics.jsonl").exists():
             for name in ("config.yaml", "engine.log", ENVIRONMENT):
@@ -72,7 +73,7 @@ def _further_session(config: Config, folder: Path, terminal: Terminal) -> int:
         terminal.say(f"{folder} is finished: step {newest} of {config.steps}. Train longer with steps=...")
         return 0
     stuff = material(config)
-    return asyncio.run(_session(stuff, folder, newest, terminal))
+    return _run(_session(stuff, folder, newest, terminal))
 
 
 def _refuse_occupied(folder: Path) -> None:
@@ -98,6 +99,19 @@ def write_config(folder: Path, config: Config) -> None:
     """The resolved config, whole or not at all."""
     with replacing(folder / "config.yaml") as scratch:
         scratch.write_text(dump(config))
+
+
+def _run(session: Coroutine[Any, Any, int]) -> int:
+    """asyncio.run; but a Ctrl-C while the event loop is being made waits until it can be closed again."""
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        with asyncio.Runner() as runner:
+            runner.get_loop()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            return runner.run(session)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        session.close()
 
 
 async def _session(stuff: Material, folder: Path, newest: int | None, terminal: Terminal) -> int:

@@ -14,7 +14,7 @@ def boltzmann(batch: Batch, temperature: float) -> Batch:
     """A = n exp(s / temperature) / sum over the group's n trajectories of exp(s / temperature); the mean is 1.
 
     Reward-weighted regression (Peters and Schaal 2007), as RISE weighs its attempts (Qu et al. 2024,
-    arXiv:2407.18219); dividing by the group's sum is our choice, so that no task outweighs the others. In float64.
+    arXiv:2407.18219); dividing by the group's sum is rlft's choice, so that no task outweighs the others. In float64.
     """
     scores, groups = batch.scores.double(), int(batch.group.max()) + 1 if len(batch) else 0
     highest = torch.full((groups,), -torch.inf, dtype=torch.float64, device=scores.device)
