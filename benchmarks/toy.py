@@ -54,6 +54,12 @@ WORLDS: dict[str, dict[str, Any]] = {
         "direction": {"components": ("even", "odd"), "arc": (0, 45)},
     },
     "cory": {"env": {"type": "pioneer_observer"}, "reward": EACH, "algorithm": {"type": "grpo"}},
+    "cory_two": {
+        "env": {"type": "pioneer_observer"},
+        "reward": EACH,
+        "algorithm": {"type": "grpo"},
+        "agents": {"count": 2, "exchange": 5},
+    },
 }
 # Not policies: a reward model scores, and says nothing. Their accuracy is measured in tests/algorithms/.
 NOT_POLICIES = {"custom", "reward_model", "process_reward"}
@@ -107,6 +113,7 @@ def _config(name: str, seed: int, folder: Path, teacher: Path | None) -> Any:
         "adapter": {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
         "data": {"train": str(rows), "direction": world.get("direction")},
         "env": world.get("env", {"type": "single_turn"}),
+        "agents": world.get("agents", {}),
         "reward": world.get("reward", EVEN),
         "rollout": {"engine": {"type": "local"}, "tasks_per_step": 8, "group_size": size,
                     "sampling": {"max_tokens": TOKENS, "stop": world.get("stop", ())}},
@@ -146,7 +153,7 @@ async def _learn(name: str, seed: int, folder: Path, teacher: Path | None, keep:
         if not config.online:
             recorded = [group for _ in range(8) for group in await fresh.next()]
             source = Recorded(_unsampled(recorded), config.rollout.tasks_per_step, seed)
-        await train(Run(STEPS, source, stuff.algorithm, parts.learner, parts.serve, Quiet()))
+        await train(Run(STEPS, source, stuff.algorithm, parts.trainee, parts.serve, Quiet()))
         after = await _mean(parts, fresh)
         if keep is not None:
             parts.policy.save_merged(keep)

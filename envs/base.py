@@ -56,6 +56,11 @@ class EnvKnobs(BaseModel):
         """The most answers of one episode."""
         return 1
 
+    @property
+    def speaking(self) -> int:
+        """How many roles speak in an episode; each may be another agent's."""
+        return 1
+
     def room(self, asked: int, count: Callable[[str], int]) -> int:
         """The most tokens that it adds to a prompt of `asked` tokens; count: the tokens of a text."""
         return 0

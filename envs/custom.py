@@ -28,6 +28,7 @@ class CustomConfig(EnvKnobs):
     most_said: int = Field(
         default=0, ge=0, description="tokens of the environment's own messages that the context has room for"
     )
+    roles: int = Field(default=1, ge=1, description="how many roles speak, as Turn.role numbers them")
 
     @property
     def several(self) -> bool:
@@ -40,6 +41,10 @@ class CustomConfig(EnvKnobs):
     @property
     def answers(self) -> int:
         return self.most_answers
+
+    @property
+    def speaking(self) -> int:
+        return self.roles
 
     def room(self, asked: int, count: Callable[[str], int]) -> int:
         return self.most_said

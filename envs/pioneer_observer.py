@@ -3,8 +3,8 @@
 CORY (Ma et al. 2024, arXiv:2410.06101, equation 3): a1 from pi(. | s0), a2 from pi(. | s0, a1). The two answers are two
 samples of one trajectory, so a credit that looks at totals gives both the sum of both verdicts (equation 4) where the
 reward is paid for every turn. The paper trains two copies of the model, and exchanges their roles every five steps so
-that each learns both prompts. Here both roles are the same weights, which play both in every step: there is nothing to
-exchange, and the policy alone is what is used afterwards.
+that each learns both prompts: `agents: {count: 2, exchange: 5}` in a config. With one agent both roles are the same
+weights, which play both in every step, and there is nothing to exchange. Afterwards one policy is used, on its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rlft.envs.base import Action, Env, EnvKnobs, asked_again
 from rlft.types import Message, Task, Turn
 
 REFERENCE = "{prompt}\nReference: {answer}\nAnswer:"
+OBSERVER = 1  # the pioneer opens, in role 0
 
 
 class PioneerObserver:
@@ -39,7 +40,7 @@ class PioneerObserver:
             return Turn()
         self._observed = True
         shown = asked_again(self._task.messages, self._message, answer=action.text)
-        return Turn((*self._task.messages[:-1], shown), done=False, rewrite=True)
+        return Turn((*self._task.messages[:-1], shown), done=False, rewrite=True, role=OBSERVER)
 
     async def close(self) -> None:
         """Nothing to close."""
@@ -61,6 +62,10 @@ class PioneerObserverConfig(EnvKnobs):
 
     @property
     def answers(self) -> int:
+        return 2
+
+    @property
+    def speaking(self) -> int:
         return 2
 
     def room(self, asked: int, count: Callable[[str], int]) -> int:

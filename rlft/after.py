@@ -14,7 +14,7 @@ from rich.table import Table
 
 from rlft.build import Material, assemble, make_policy, material
 from rlft.chat import Chat
-from rlft.checkpoint import Checkpoints, disk_errors, load_trained
+from rlft.checkpoint import Checkpoints, disk_errors, load_trained, of_agent
 from rlft.config import Config
 from rlft.learner import Learner, Schedule
 from rlft.models import locate
@@ -24,14 +24,14 @@ from rlft.settings import load
 from rlft.types import InputError
 
 
-def evaluate(path: Path, overrides: Sequence[str], step: int | None) -> str:
+def evaluate(path: Path, overrides: Sequence[str], step: int | None, agent: int = 0) -> str:
     """Held-out metrics of a config's model, or of a run's policy; as lines of text."""
     is_run = path.is_dir()
     config = of_run(path, list(overrides)) if is_run else load(path, overrides)
     if config.data.eval is None:
         raise InputError("data.eval: there are no held-out tasks to evaluate on")
-    folder = _chosen(path, step) if is_run else None
-    metrics = asyncio.run(_evaluate(material(config), folder))
+    folder = _chosen(path, step, agent) if is_run else None
+    metrics = asyncio.run(_evaluate(material(_alone(config)), folder))
     width = max(map(len, metrics))
     return "\n".join(f"{name:{width}}  {value:.4f}" for name, value in metrics.items())
 
@@ -48,10 +48,10 @@ async def _evaluate(stuff: Material, folder: Path | None) -> dict[str, float]:
         await parts.close()
 
 
-def export(run: Path, to: Path, merged: bool, step: int | None) -> str:
+def export(run: Path, to: Path, merged: bool, step: int | None, agent: int = 0) -> str:
     """Write the adapter, or the merged model, with the tokenizer; says what loads it."""
     config = of_run(run)
-    folder = _chosen(run, step)
+    folder = _chosen(run, step, agent)
     if to.exists() and any(to.iterdir()):
         raise InputError(f"--to: {to} is not empty; choose a new folder")
     policy = _policy(config, folder)
@@ -66,16 +66,16 @@ def export(run: Path, to: Path, merged: bool, step: int | None) -> str:
         raise
     what, how = ("merged model", "AutoModelForCausalLM.from_pretrained or vllm.LLM") if whole else (
         "adapter", "PeftModel.from_pretrained or a vLLM LoRARequest")  # fmt: skip
-    return f"{what} of {folder.name} in {to}; load it with {how}"
+    return f"{what} of {folder.relative_to(run / 'checkpoints')} in {to}; load it with {how}"
 
 
-def sample(run: str, prompt: str | None, temperature: float, max_tokens: int) -> None:
+def sample(run: str, prompt: str | None, temperature: float, max_tokens: int, agent: int = 0) -> None:
     """Answer one prompt, or ask for prompts until an empty line; of a run, base and tuned side by side."""
     folder = Path(run)
     tuned = (folder / "config.yaml").is_file()
     if tuned:
         config = of_run(folder)
-        policy = _policy(config, _chosen(folder, None))
+        policy = _policy(config, _chosen(folder, None, agent))
         chat = Chat(policy.path, config.model.chat_template, config.model.trust_remote_code)
     else:
         policy = Policy(locate(run), {"type": "lora", "target_modules": "all-linear"})
@@ -114,15 +114,23 @@ def _answer(policy: Policy, chat: Chat, text: str, temperature: float, max_token
     return chat.decode(out[0, tokens.shape[1] :].tolist())
 
 
-def _chosen(run: Path, step: int | None) -> Path:
-    """The folder of a run's checkpoint; the newest where no step is named."""
+def _alone(config: Config) -> Config:
+    """With one agent, which plays every role."""
+    return config.model_copy(update={"agents": config.agents.model_copy(update={"count": 1})})
+
+
+def _chosen(run: Path, step: int | None, agent: int = 0) -> Path:
+    """The folder of an agent in a run's checkpoint; the newest where no step is named."""
     checkpoints = Checkpoints(run / "checkpoints", 1)
     have = checkpoints.steps()
     if not have:
         raise InputError(f"{run} has no checkpoint yet")
     if step is not None and step not in have:
         raise InputError(f"--step: {run} has checkpoints of steps {', '.join(map(str, have))}, not of {step}")
-    return checkpoints.path(have[-1] if step is None else step)
+    folder = of_agent(checkpoints.path(have[-1] if step is None else step), agent)
+    if not folder.is_dir():
+        raise InputError(f"--agent: {run} has no agent {agent}; its agents are counted from 0")
+    return folder
 
 
 def _policy(config: Config, folder: Path) -> Policy:

@@ -30,6 +30,7 @@ class Batch:
     rewards: the environment's, per token. scores: the trajectory's total, once per row. truncated: the engine stopped
     it at the limit. trajectory, group: which of each the row belongs to, counted from 0. drawn: 0 for the group's own
     samples, else the number of the algorithm's Draw. version: of the weights that sampled the row, -1 where none did.
+    agent: whose these are, where there are several.
     weights: the share of each token in the loss; they sum to 1 (under a budget to at most 1) over an optimizer step.
     corrections: what a token's surrogate is multiplied by because another policy sampled it; 1 where nothing is
     corrected. now_logprobs, now_entropy: before the optimizer step in hand; nats. values: before the token was chosen;
@@ -49,6 +50,7 @@ class Batch:
     group: Int[Tensor, " b"]
     drawn: Int[Tensor, " b"]
     version: Int[Tensor, " b"]
+    agent: Int[Tensor, " b"]
     old_logprobs: Float[Tensor, "b t"]
     now_logprobs: Float[Tensor, "b t"]
     now_entropy: Float[Tensor, "b t"]
@@ -102,6 +104,7 @@ class Batch:
             group=torch.tensor([row[3] for row in rows], dtype=torch.long),
             drawn=torch.tensor([row[1].drawn for row in rows], dtype=torch.long),
             version=torch.tensor([row[0].version for row in rows], dtype=torch.long),
+            agent=torch.tensor([row[0].agent for row in rows], dtype=torch.long),
             **{name: unfilled.clone() for name in FILLED_LATER},
             corrections=torch.ones(tokens.shape),
             bootstrap=torch.full((len(rows),), torch.nan),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlft.agents import Agents, Syncs, Trainee, learners, refuse_together, refuse_unservable, synced
 from rlft.algorithms.base import Algorithm
 from rlft.chance import undisturbed
 from rlft.chat import Chat
@@ -28,7 +30,7 @@ from rlft.generated import sums
 from rlft.kernels import keep_memory
 from rlft.learner import Learner, Schedule
 from rlft.models import locate
-from rlft.player import Player
+from rlft.player import Cast, Player
 from rlft.policy import Policy, device_of, dtype_of, peft_config
 from rlft.reference import Reference
 from rlft.source import Recorded, Refilled, Rollouts, Source
@@ -61,17 +63,22 @@ class Material:
 
 @dataclass
 class Parts:
-    """Everything that is alive in a run."""
+    """Everything that is alive in a run. trainee: what learns, a learner or several agents'."""
 
     material: Material
     policy: Policy
-    learner: Learner
+    trainee: Trainee
     source: Source
     kind: str
     engine: Engine | None = None
-    sync: Sync | None = None
+    sync: Sync | Syncs | None = None
     evaluation: Evaluation | None = None
     served: int | None = None
+
+    @property
+    def learner(self) -> Learner:
+        """The learner, or agent 0's."""
+        return learners(self.trainee)[0]
 
     def select(self, groups: Sequence[Group]) -> list[Group]:
         """What the algorithm trains on, given what it remembers now."""
@@ -117,6 +124,8 @@ def material(config: Config) -> Material:
     model = locate(config.model.path)
     chat = Chat(model, config.model.chat_template, config.model.trust_remote_code)
     _refuse_draws(config, algorithm)
+    if config.agents.count > 1:
+        refuse_together(algorithm)
     tasks: list[Task] = []
     shown: list[Task] = []
     groups: list[Group] = []
@@ -153,11 +162,21 @@ def make_policy(config: Config, model: Path) -> Policy:
     )
 
 
-def make_learner(stuff: Material, policy: Policy, dropout: bool) -> Learner:
+def make_trainee(stuff: Material, policy: Policy, dropout: bool) -> Trainee:
+    """The learner before the first step, or one of every agent, who share a teacher."""
+    config = stuff.config
+    if config.agents.count == 1:
+        return make_learner(stuff, policy, dropout)
+    teacher = frozen_model(config.teacher.path, policy) if config.teacher else None
+    return Agents(policy, config.agents.count, partial(make_learner, stuff, policy, dropout, teacher))
+
+
+def make_learner(stuff: Material, policy: Policy, dropout: bool, teacher: Any = None) -> Learner:
     """The learner before the first step, with what the algorithm owns, the teacher and a reference that moves."""
     config, moving = stuff.config, stuff.config.reference
     schedule = Schedule(steps=config.steps, **config.learner.model_dump())
-    teacher = frozen_model(config.teacher.path, policy) if config.teacher else None
+    if config.teacher and teacher is None:
+        teacher = frozen_model(config.teacher.path, policy)
     reference = Reference(policy, moving.every, moving.mix) if moving.every else None
     owned = stuff.algorithm.owned
     return Learner(policy, schedule, _temperature(config), config.seed, dropout, owned, teacher, reference)
@@ -175,18 +194,19 @@ def assemble(stuff: Material, log: Path | None) -> Parts:
     kind = sync_kind(config, policy, any(draw.reference for draw in stuff.algorithm.draws))
     draw = config.rollout.sampling
     sampling = Sampling(draw.temperature, draw.max_tokens, stop=draw.stop)
-    learner = make_learner(stuff, policy, dropout=not config.online)
+    trainee = make_trainee(stuff, policy, dropout=not config.online)
     reward = config.reward.build() if config.reward else unscored
     env = config.env.build()
     prompts = [stuff.chat.prompt(task.messages) for task in (stuff.tasks or stuff.held_out)[:2]]
-    parts = Parts(stuff, policy, learner, Recorded(stuff.groups, config.rollout.tasks_per_step, config.seed), kind)
+    parts = Parts(stuff, policy, trainee, Recorded(stuff.groups, config.rollout.tasks_per_step, config.seed), kind)
     if not stuff.needs_engine:
         return parts
     # The last thing that can fail: what follows only connects, so that no engine is left without anybody to close it.
     parts.engine = engine = start_engine(stuff, policy, kind, log)
     proof = replace(sampling, temperature=_temperature(config))
     how = "adapter" if kind == "adapter" else "merged"
-    parts.sync = Sync(policy, engine, learner, how, prompts, proof, config.rollout.deterministic)
+    said = {"kind": how, "prompts": prompts, "sampling": proof, "deterministic": config.rollout.deterministic}
+    parts.sync = synced(trainee, engine, lambda seat, learner: Sync(policy, seat, learner, **said))
     _connect(parts, Player(engine, stuff.chat, env, sampling, stuff.context), reward)
     return parts
 
@@ -198,7 +218,8 @@ def _connect(parts: Parts, player: Player, reward: Reward) -> None:
     if config.online:
         sizes = (rollout.tasks_per_step, rollout.group_size)
         draws = stuff.algorithm.draws
-        parts.source = Rollouts(stuff.tasks, player, reward, *sizes, config.seed, draws)
+        players = replace(player, cast=Cast(config.agents.count, config.agents.exchange))
+        parts.source = Rollouts(stuff.tasks, players, reward, *sizes, config.seed, draws)
         if stuff.algorithm.refill:
             parts.source = Refilled(parts.source, parts.select, rollout.tasks_per_step, rollout.rounds)
     if stuff.held_out and config.reward is not None:
@@ -236,6 +257,7 @@ def start_engine(stuff: Material, policy: Policy, kind: str, log: Path | None) -
         "cache_gb": block.cache_gb,
         "memory_fraction": block.memory_fraction or (0.4 if policy.device.type == "cuda" else None),
         "lora_rank": adapter_rank(policy) if kind == "adapter" else 0,
+        "agents": stuff.config.agents.count,
         "reference": any(draw.reference for draw in stuff.algorithm.draws),
         "seed": stuff.config.seed,
         "log": log,
@@ -253,6 +275,9 @@ def sync_kind(config: Config, policy: Policy, reference: bool = False) -> str:
         refuse_hot_loading(policy)
         if policy.reference_kind != "adapter off":
             raise InputError(f"adapter.type: {REFERENCE}, and with this adapter the base alone is not that policy")
+        return "adapter"
+    if config.agents.count > 1 and not isinstance(config.rollout.engine, Local):
+        refuse_unservable(policy)
         return "adapter"
     if config.sync.type != "auto":
         if config.sync.type == "adapter":

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rlft.chance as chance
+from rlft.agents import Agents, Trainee, learners
 from rlft.allocation import allocator
 from rlft.learner import Learner
 from rlft.source import Source
@@ -63,7 +64,7 @@ class Checkpoints:
         self.best = (value, step)
         return True
 
-    def save(self, step: int, learner: Learner, source: Source) -> Path:
+    def save(self, step: int, trainee: Trainee, source: Source) -> Path:
         """Write version `step`. On any failure nothing is left but what was there before."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for left in self._folder.glob(f"{WRITING}*"):  # by a process that was killed
@@ -72,7 +73,7 @@ class Checkpoints:
         try:
             scratch.mkdir()
             with disk_errors(scratch):
-                write(scratch, step, learner, source, self.best)
+                write(scratch, step, trainee, source, self.best)
             _flush(scratch)
             target = self.path(step)
             if target.exists():
@@ -103,8 +104,21 @@ def disk_errors(folder: Path) -> Iterator[None]:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
 
 
-def write(folder: Path, step: int, learner: Learner, source: Source, best: tuple[float, int] | None) -> None:
+def of_agent(folder: Path, agent: int) -> Path:
+    """Where in a checkpoint's folder an agent's part stands, which is a checkpoint itself; agent 0's is the folder."""
+    return folder / f"agent-{agent}" if agent else folder
+
+
+def write(folder: Path, step: int, trainee: Trainee, source: Source, best: tuple[float, int] | None) -> None:
     """Everything of one checkpoint into an empty folder."""
+    if isinstance(trainee, Agents):
+        trainee.each(lambda agent: _write(of_agent(folder, agent), step, trainee.learners[agent], source, best))
+    else:
+        _write(folder, step, trainee, source, best)
+
+
+def _write(folder: Path, step: int, learner: Learner, source: Source, best: tuple[float, int] | None) -> None:
+    folder.mkdir(exist_ok=True)
     if learner.policy.is_peft:
         learner.policy.save_adapter(folder / "adapter")
     save_file({n: p.detach().cpu().contiguous() for n, p in learner.trained().items()}, folder / "trained.safetensors")
@@ -129,8 +143,20 @@ def write(folder: Path, step: int, learner: Learner, source: Source, best: tuple
     (folder / "state.json").write_text(json.dumps(state, indent=1))
 
 
-def restore(folder: Path, learner: Learner, source: Source | None) -> int:
-    """Bring learner and source to where the checkpoint was taken; returns its step. Raises InputError."""
+def restore(folder: Path, trainee: Trainee, source: Source | None) -> int:
+    """Bring learners and source to where the checkpoint was taken; returns its step. Raises InputError."""
+    own = [of_agent(folder, agent) for agent in range(len(learners(trainee)))]
+    if not own[-1].is_dir() or of_agent(folder, len(own)).exists():
+        raise InputError(
+            f"agents.count: {folder} is not of {len(own)} agent{'s' * (len(own) > 1)}; resume with as many as the run "
+            "began with"
+        )
+    if isinstance(trainee, Agents):
+        return trainee.each(lambda agent: _restore(own[agent], trainee.learners[agent], source))[0]
+    return _restore(folder, trainee, source)
+
+
+def _restore(folder: Path, learner: Learner, source: Source | None) -> int:
     state = read_state(folder)
     load_trained(folder, learner)
     saved = load_file(folder / "optimizer.safetensors")

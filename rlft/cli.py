@@ -28,6 +28,7 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(help="a YAML file", metavar="CONFIG")]
 RunFolder = Annotated[Path, typer.Argument(help="the folder of a run", metavar="RUN_DIR")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="such as learner.lr=1e-5", metavar="[KEY=VALUE]...")]
+Agent = Annotated[int, typer.Option(help="of a run with several agents: whose policy", min=0)]
 
 
 @app.command()
@@ -65,11 +66,12 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="a YAML file or the folder of a run", metavar="CONFIG|RUN_DIR")],
     overrides: Overrides = None,
     step: Annotated[int | None, typer.Option(help="of the run's checkpoints; default: the newest")] = None,
+    agent: Agent = 0,
 ) -> None:
     """Evaluate a config's model, or a run's policy, on the held-out tasks."""
     from rlft.after import evaluate
 
-    typer.echo(evaluate(run, overrides or [], step))
+    typer.echo(evaluate(run, overrides or [], step, agent))
 
 
 @app.command()
@@ -78,11 +80,12 @@ def sample(
     prompt: Annotated[str | None, typer.Option(help="answer this and end; default: ask for prompts")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="of each answer")] = 128,
+    agent: Agent = 0,
 ) -> None:
     """Talk to a policy; of a run, base and tuned answer side by side."""
     from rlft.after import sample
 
-    sample(run, prompt, temperature, max_tokens)
+    sample(run, prompt, temperature, max_tokens, agent)
 
 
 @app.command()
@@ -91,11 +94,12 @@ def export(
     to: Annotated[Path, typer.Option(help="a new folder")],
     merged: Annotated[bool, typer.Option("--merged", help="the whole model, the adapter merged in")] = False,
     step: Annotated[int | None, typer.Option(help="of the run's checkpoints; default: the newest")] = None,
+    agent: Agent = 0,
 ) -> None:
     """Write a run's adapter or merged model for transformers, PEFT and vLLM."""
     from rlft.after import export
 
-    typer.echo(export(run, to, merged, step))
+    typer.echo(export(run, to, merged, step, agent))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from rlft.algorithms.catalog import AlgorithmConfig
 from rlft.allocation import ranks_problem
+from rlft.config_agents import Agents, agents_problem
 from rlft.config_data import Block, Data
 from rlft.envs.catalog import EnvConfig, SingleTurnConfig
 from rlft.rewards.catalog import RewardConfig
@@ -209,6 +210,7 @@ class Config(Block):
     teacher: Teacher | None = Field(default=None, description="for algorithms that learn from another model")
     data: Data
     env: EnvConfig = SingleTurnConfig()
+    agents: Agents = Agents()
     reward: RewardConfig | None = None
     rollout: Rollout = Rollout()
     algorithm: AlgorithmConfig
@@ -250,7 +252,7 @@ class Config(Block):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         problems = (_reward_problem, _turn_problem, _group_problem, _source_problem, _dropout_problem, _adapter_problem)
-        for problem in (*problems, _direction_problem, _sync_problem):
+        for problem in (*problems, _direction_problem, _sync_problem, agents_problem):
             reason = problem(self)
             if reason:
                 raise ValueError(reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from rlft.agents import learners
 from rlft.batch import note_advantages
 from rlft.build import Parts
 from rlft.chance import undisturbed
@@ -50,8 +51,10 @@ class Around:
         begun = time.perf_counter()
         row = summary(groups) | metrics | self._writing
         self._writing = {}
-        if self._parts.learner.credited is not None:
-            note_advantages(self._parts.learner.credited, chosen)
+        learned = learners(self._parts.trainee)
+        for credited in (learner.credited for learner in learned):
+            if credited is not None:
+                note_advantages(credited, chosen)
         self._record.trajectories("rollouts", step, groups)
         last = step == self._config.steps
         improved = False
@@ -63,8 +66,8 @@ class Around:
             beside += time.perf_counter() - begun_eval
         row["time/step"] += time.perf_counter() - begun - beside
         self._record.metrics(step, row)  # first: a row without its checkpoint is cut, one that is lost is not made up
-        learner = self._parts.learner
-        self._faults.skipped(learner.skipped, learner.stepper.skipped_in_a_row, chosen)
+        skipped = [step for learner in learned for step in learner.skipped]
+        self._faults.skipped(skipped, max(learner.stepper.skipped_in_a_row for learner in learned), chosen)
         if self._due(self._config.checkpoint.every, step) or last or improved:
             self._save(step)
         self._terminal.step(step, row)
@@ -107,7 +110,7 @@ class Around:
 
     def _save(self, step: int) -> None:
         begun = time.perf_counter()
-        self._checkpoints.save(step, self._parts.learner, self._parts.source)
+        self._checkpoints.save(step, self._parts.trainee, self._parts.source)
         self._saved = step
         self._writing = {"time/checkpoint": time.perf_counter() - begun}
 

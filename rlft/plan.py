@@ -30,6 +30,7 @@ def describe(config: Config) -> str:
         "data": _data(stuff),
         "reward": _reward(config),
         "rollouts": _rollouts(stuff),
+        **_agents(config),
         "algorithm": f"{config.algorithm.type}: minimise {stuff.algorithm.formula or 'a loss of your own'}",
         "extra passes": _passes(stuff),
         "learner": f"{config.learner.optimizer}, lr {config.learner.lr:g} ({config.learner.scheduler}), "
@@ -128,6 +129,13 @@ def _rollouts(stuff: Material) -> str:
     )
 
 
+def _agents(config: Config) -> dict[str, str]:
+    """Nothing where there is one."""
+    count, exchange = config.agents.count, config.agents.exchange
+    turns = f"each takes the next one's role after every {exchange} steps" if exchange else "each keeps its role"
+    return {"agents": f"{count} adapters on one base, trained apart; {turns}"} if count > 1 else {}
+
+
 def _passes(stuff: Material) -> str:
     """The forward passes without gradients; one optimizer step a batch takes the old log-probs from the rollout.
 
@@ -147,7 +155,8 @@ def _sync(stuff: Material, device: torch.device) -> str:
     config = stuff.config
     if not config.online and config.data.eval is None:
         return "none: nothing is sampled"
-    kind = "adapter" if any(draw.reference for draw in stuff.algorithm.draws) else config.sync.type
+    several = config.agents.count > 1 and not isinstance(config.rollout.engine, Local)
+    kind = "adapter" if several or any(draw.reference for draw in stuff.algorithm.draws) else config.sync.type
     if kind == "auto":
         kind = "merged" if device.type == "cpu" or isinstance(config.rollout.engine, Local) else "adapter if possible"
     what = {"merged": "every changed weight, merged, with its fused neighbours", "adapter": "the adapter"}

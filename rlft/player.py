@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from rlft.chat import Chat
 from rlft.engine.base import Engine
 from rlft.envs.base import Action, Env
-from rlft.types import NAN, Message, RunError, Said, Sample, Sampling, Task, Trajectory
+from rlft.types import NAN, Message, RunError, Said, Sample, Sampling, Task, Trajectory, Turn
 
 
 def derive_seed(*parts: object) -> int:
@@ -31,14 +31,27 @@ class Opening:
 
 
 @dataclass(frozen=True)
+class Cast:
+    """Which of several agents plays a role: after every `exchange` steps (0: never) each takes the next one's."""
+
+    agents: int = 1
+    exchange: int = 0
+
+    def agent(self, role: int, version: int) -> int:
+        """In episodes that the weights of `version` play, which are those of step version + 1."""
+        return (role + (version // self.exchange if self.exchange else 0)) % self.agents
+
+
+@dataclass(frozen=True)
 class Player:
-    """What it takes to play an episode. context: the most tokens of one sample."""
+    """What it takes to play an episode. context: the most tokens of one sample. cast: who plays which role."""
 
     engine: Engine
     chat: Chat
     env: Callable[[Task], Env]
     sampling: Sampling
     context: int
+    cast: Cast = Cast()
 
     async def opening(self, task: Task) -> tuple[Message, ...]:
         """The messages with which the environment opens an episode of the task."""
@@ -59,7 +72,8 @@ class Player:
 
     async def _play(self, env: Env, task: Task, seed: int, opening: Opening | None) -> Trajectory:
         messages = tuple(await env.reset())
-        samples = [opened(opening.shown if opening else self.chat.prompt(messages))]
+        version = self.engine.version
+        samples = [opened(opening.shown if opening else self.chat.prompt(messages), self.cast.agent(0, version))]
         turns: list[Said] = []
         sampled = 0
         for turn in range(1_000_000):
@@ -69,6 +83,7 @@ class Player:
                 self.sampling,
                 seed=derive_seed(seed, turn) if self.sampling.seed is None else self.sampling.seed,
                 max_tokens=max(1, min(self.sampling.max_tokens, room)),
+                agent=sample.agent,
             )
             completion = await self.engine.generate(sample.tokens, sampling)
             self._check(completion.tokens, task)
@@ -83,6 +98,7 @@ class Player:
             sample.rewards[-1] += reply.reward
             if reply.done or (completion.finish == "length" and not reply.rewrite):
                 return Trajectory(task, messages, samples, finish=completion.finish, said=tuple(turns), sampled=sampled)
+            agent = self._next(reply, sample, version, task)
             longer = (*messages, *reply.messages)
             if reply.rewrite:
                 longer = tuple(reply.messages)
@@ -92,11 +108,22 @@ class Player:
             if used + len(added) >= self.context:
                 return Trajectory(task, messages, samples, finish="length", said=tuple(turns), sampled=sampled)
             if reply.rewrite:
-                samples.append(opened(added))
+                samples.append(opened(added, agent))
             else:
                 append(sample, added, None)
             messages = longer
         raise AssertionError("unreachable")
+
+    def _next(self, reply: Turn, sample: Sample, version: int, task: Task) -> int:
+        """The agent whose turn it is. Raises RunError where it would go on in another's sample."""
+        agent = self.cast.agent(reply.role, version)
+        if agent != sample.agent and not reply.rewrite:
+            raise RunError(
+                f"env: task {task.id}: role {reply.role} is agent {agent}'s, but the history is {sample.agent}'s, and "
+                "a sample is of one policy. Return Turn(rewrite=True) with all that the next role is shown, or set "
+                "agents.count=1"
+            )
+        return agent
 
     def _check(self, tokens: list[int], task: Task) -> None:
         if tokens and max(tokens) >= self.chat.vocabulary:
@@ -106,10 +133,10 @@ class Player:
             )
 
 
-def opened(prompt: list[int]) -> Sample:
+def opened(prompt: list[int], agent: int = 0) -> Sample:
     """A sample of which only the prompt is there."""
     n = len(prompt)
-    return Sample(list(prompt), [False] * n, [NAN] * n, [0.0] * n, -1)
+    return Sample(list(prompt), [False] * n, [NAN] * n, [0.0] * n, -1, agent)
 
 
 def append(sample: Sample, tokens: list[int], logprobs: list[float] | None) -> None:
@@ -127,4 +154,5 @@ def _kept(played: Trajectory, opening: Opening) -> Trajectory:
     lists = {name: [*getattr(opening.kept, name), *getattr(first, name)[n:]] for name in fields}
     moved = len(opening.kept.tokens) - n
     said = tuple(turn if turn.sample else replace(turn, end=turn.end + moved) for turn in played.said)
-    return replace(played, samples=[Sample(**lists, version=first.version), *played.samples[1:]], said=said)
+    kept = Sample(**lists, version=first.version, agent=first.agent)
+    return replace(played, samples=[kept, *played.samples[1:]], said=said)

@@ -55,6 +55,11 @@ class Bench:
     """A config's algorithm and learner, which is brought to the version that a step was computed at."""
 
     def __init__(self, run: Path, config: Config, own: Bench | None = None) -> None:
+        if config.agents.count > 1:
+            raise InputError(
+                "agents.count: a step of several agents is not computed again; look at its rows in rollouts/, where "
+                "the column agent says whose each is"
+            )
         self.config = config
         self.material = material(config)
         self.algorithm = self.material.algorithm

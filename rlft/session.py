@@ -128,13 +128,13 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
         start = 0
         if newest is not None:
-            start = restore(checkpoints.path(newest), parts.learner, parts.source)
+            start = restore(checkpoints.path(newest), parts.trainee, parts.source)
             terminal.say(f"resuming {folder} after step {start}")
         record.cut(start)
         write_config(folder, config)  # only now: overrides that the checkpoint does not fit must not stay
         note(folder, config, start)
         around = Around(parts, record, checkpoints, terminal, faults)
-        run = Run(config.steps, parts.source, stuff.algorithm, parts.learner, _sync(parts), around)
+        run = Run(config.steps, parts.source, stuff.algorithm, parts.trainee, _sync(parts), around)
         try:
             with _interruptible(run.stop, terminal):
                 await train(run, start)

@@ -200,7 +200,13 @@ def adapter_tensors(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
 
 def refuse_hot_loading(policy: Policy) -> None:
-    """Raise InputError where vLLM cannot hot-load this adapter, would serve it over the wrong base, or unproved."""
+    """Raise InputError for what `cold` has a reason against."""
+    if reason := cold(policy):
+        raise InputError(f"sync.type: adapter is not possible: {reason}. Use sync: {{type: merged}}.")
+
+
+def cold(policy: Policy) -> str | None:
+    """Why vLLM cannot hot-load this adapter, would serve it over the wrong base, or unproved; None where it can."""
     reason = None
     if not policy.is_peft:
         reason = "there is no adapter"
@@ -217,8 +223,7 @@ def refuse_hot_loading(policy: Policy) -> None:
             reason = "vLLM does not load adapters with biases or modules_to_save"
         elif any(policy.model.active_adapter in getattr(m, "lora_embedding_A", ()) for m in policy.model.modules()):
             reason = "no proof covers an adapted embedding; leave embed_tokens out of adapter.target_modules"
-    if reason:
-        raise InputError(f"sync.type: adapter is not possible: {reason}. Use sync: {{type: merged}}.")
+    return reason
 
 
 def _marking(stream: Iterator[tuple[str, Tensor]], marks: dict[str, Mark], seed: int) -> Iterator[tuple[str, Tensor]]:

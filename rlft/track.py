@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("finish", pa.string()),
         ("version", pa.int64()),
         ("drawn", pa.int64()),
+        ("agent", pa.int64()),
         ("token_rewards", pa.list_(pa.float64())),
         ("episode", pa.string()),
     ]
@@ -52,6 +53,21 @@ def summary(groups: Sequence[Group]) -> dict[str, float]:
         metrics[name] = sum(values) / len(values)
     metrics["completion/tokens_mean"] = sum(t.length for t in trajectories) / n
     metrics["completion/truncated"] = sum(t.finish == "length" for t in trajectories) / n
+    return metrics | _by_agent(trajectories)
+
+
+def _by_agent(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Where several agents spoke: the mean total of the episodes each spoke in, and what its own turns were paid."""
+    spoken: dict[int, dict[int, list[Sample]]] = {}
+    for i, trajectory in enumerate(trajectories):
+        for sample in trajectory.samples:
+            spoken.setdefault(sample.agent, {}).setdefault(i, []).append(sample)
+    metrics: dict[str, float] = {}
+    for agent, episodes in sorted(spoken.items()) if len(spoken) > 1 else ():
+        scores = [score for i in episodes if (score := trajectories[i].total) is not None]
+        paid = sum(sum(sample.rewards) for samples in episodes.values() for sample in samples)
+        metrics[f"agent/{agent}/score"] = sum(scores) / len(scores) if scores else math.nan
+        metrics[f"agent/{agent}/paid"] = paid / len(episodes)
     return metrics
 
 
@@ -192,6 +208,7 @@ def _rows(step: int, g: int, group: Group) -> list[dict[str, Any]]:
                     "finish": trajectory.finish,
                     "version": sample.version,
                     "drawn": trajectory.drawn,
+                    "agent": sample.agent,
                     "token_rewards": sample.rewards,
                     "episode": _episode(trajectory) if j == 0 else None,
                 }
@@ -251,7 +268,7 @@ def _trajectory(file: Path, rows: Sequence[Mapping[str, Any]], tasks: Mapping[st
     return Trajectory(
         task,
         messages,
-        [Sample(r["tokens"], r["mask"], r["logprobs"], r["token_rewards"], r["version"]) for r in rows],
+        [Sample(r["tokens"], r["mask"], r["logprobs"], r["token_rewards"], r["version"], r["agent"]) for r in rows],
         episode["verdict"],
         metrics,
         first["finish"],

@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from rlft.agents import Trainee
 from rlft.algorithms.base import Algorithm
 from rlft.batch import Batch
-from rlft.learner import Learner
 from rlft.source import Source
 from rlft.types import Group
 
@@ -38,7 +38,7 @@ class Run:
     steps: int
     source: Source
     algorithm: Algorithm
-    learner: Learner
+    learner: Trainee
     sync: Callable[[int], Awaitable[dict[str, float]]]
     hooks: Hooks
     stopping: bool = False

@@ -44,11 +44,11 @@ class Task:
 
 @dataclass
 class Sample:
-    """One token sequence that the learner can train on. All five lists but `version` have the length of `tokens`.
+    """One token sequence that the learner can train on. All lists have the length of `tokens`.
 
     mask: True where the policy chose the token. logprobs: of the policy that sampled it, at the sampling
     temperature; NaN where nobody sampled. rewards: the environment's, at the last token of the turn that earned it.
-    version: of the weights that sampled it; -1 in recorded data.
+    version: of the weights that sampled it; -1 in recorded data. agent: whose policy that was, where there are several.
     """
 
     tokens: list[int]
@@ -56,6 +56,7 @@ class Sample:
     logprobs: list[float]
     rewards: list[float]
     version: int
+    agent: int = 0
 
     def __post_init__(self) -> None:
         lengths = {len(self.tokens), len(self.mask), len(self.logprobs), len(self.rewards)}
@@ -183,7 +184,8 @@ class Reward(Protocol):
 class Sampling:
     """How tokens are drawn. temperature 0 is greedy. seed fixes this one request.
 
-    reference: by the policy before training, which only an engine with a hot-loaded adapter still has.
+    reference: by the policy before training, which only an engine with a hot-loaded adapter still has. agent: by whose
+    policy, where there are several.
     """
 
     temperature: float = 1.0
@@ -194,6 +196,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     reference: bool = False
+    agent: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,10 +218,12 @@ class Turn:
     """The environment's reply: new messages to show the policy, the reward of its last move, whether it is over.
 
     rewrite: `messages` are not appended but replace the whole history, and a new sample begins; also after an answer
-    that was cut off at the limit, which otherwise ends the episode.
+    that was cut off at the limit, which otherwise ends the episode. role: whose turn it is now; role 0 opens. Where
+    another agent plays the new role, the history must be rewritten, since a sample is of one policy.
     """
 
     messages: tuple[Message, ...] = ()
     reward: float = 0.0
     done: bool = True
     rewrite: bool = False
+    role: int = 0

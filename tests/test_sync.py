@@ -148,7 +148,7 @@ class Stale(Faulty):
             await self.inner.load_weights(weights, version)
         elif isinstance(weights, Full):
             list(weights.tensors)
-        self.inner.version = version
+        self.inner.version = self.inner._versions[0] = version
 
 
 class OtherTemperature(Faulty):
@@ -476,7 +476,7 @@ def test_trap_22_every_version_has_an_id_a_name_and_a_path_of_its_own(setting: S
         for version in range(4):
             _move(policy, 0.2, version)
             asyncio.run(sync(policy, version))
-            served.append(engine._adapter)
+            served.append(engine._adapters[0])
             assert sync._scratch is not None
             assert (sync._scratch.path / "adapter_model.safetensors").is_file()
             drawn.append(asyncio.run(engine.generate(LONG, Sampling(0.0, 8))).logprobs)

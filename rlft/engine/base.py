@@ -26,16 +26,18 @@ ROUNDING = 2e-6  # of float32 sums over a row, relative to the row's absolute su
 
 @dataclass(frozen=True)
 class Full:
-    """Whole weights under their checkpoint names, each fused unit of the engine complete."""
+    """Whole weights under their checkpoint names, each fused unit of the engine complete. agent: whose they are."""
 
     tensors: Iterable[tuple[str, Tensor]]
+    agent: int = 0
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A PEFT adapter in a folder of its own, one for every version."""
+    """A PEFT adapter in a folder of its own, one for every version. agent: whose it is."""
 
     folder: Path
+    agent: int = 0
 
 
 Weights = Full | Delta
@@ -51,7 +53,10 @@ class Engine(Protocol):
         ...
 
     async def load_weights(self, weights: Weights, version: int) -> None:
-        """Serve these weights from now on and forget every cached key and value. No request may be open."""
+        """Serve these weights from now on, beside those of other agents, and forget every cached key and value.
+
+        No request may be open.
+        """
         ...
 
     async def units(self, names: Sequence[str]) -> dict[str, str]:
@@ -61,8 +66,8 @@ class Engine(Protocol):
         """
         ...
 
-    async def read_back(self, names: Sequence[str], seed: int) -> dict[str, Tensor]:
-        """Digests, by `digest`, of the engine's own serving copies under checkpoint names.
+    async def read_back(self, names: Sequence[str], seed: int, agent: int = 0) -> dict[str, Tensor]:
+        """Digests, by `digest`, of the engine's own serving copies of an agent's weights under checkpoint names.
 
         Where it serves several (a packed head beside the embedding it is tied to), one under another.
         """

@@ -1,13 +1,15 @@
 """transformers as the engine: slower, but runs any model, and is the reference that tests compare vLLM with.
 
-Requests that are open at once are left-padded into one batch and advance together, with a cache of keys and values.
+Requests that are open at once are left-padded into one batch and advance together, with a cache of keys and values;
+those of another agent wait for the next batch, for which its weights are put in place.
 Each request draws from a generator of its own, seeded by its own seed, so a result depends on no neighbour.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlft.engine.base import Delta, Full, Weights, digest
+from rlft.swap import Swap
 from rlft.types import Completion, RunError, Sampling
 
 
@@ -47,10 +50,14 @@ class LocalEngine:
         self._limit = max_sequences
         self._waiting: list[tuple[list[int], Sampling, asyncio.Future[Completion]]] = []
         self._driver: asyncio.Task[None] | None = None
+        self._agents: dict[int, Swap] = {}  # agent 0's weights are the model's own
+        self._versions: dict[int, int] = {}
         self.version = -1
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
         """See `Engine.generate`."""
+        if sampling.agent and sampling.agent not in self._agents:
+            raise RunError(f"the local engine has no weights of agent {sampling.agent} yet")
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self._waiting.append((list(prompt), sampling, future))
         if self._driver is None or self._driver.done():
@@ -60,10 +67,14 @@ class LocalEngine:
     async def _drive(self) -> None:
         await asyncio.sleep(0)
         while self._waiting:
-            now, self._waiting = self._waiting[: self._limit], self._waiting[self._limit :]
+            agent = self._waiting[0][1].agent
+            now = [entry for entry in self._waiting if entry[1].agent == agent][: self._limit]
+            taken = {id(entry) for entry in now}
+            self._waiting = [entry for entry in self._waiting if id(entry) not in taken]
             now = [entry for entry in now if not entry[2].done()]
             try:
-                done = self._sample([entry[0] for entry in now], [entry[1] for entry in now])
+                with self._serving(agent):
+                    done = self._sample([entry[0] for entry in now], [entry[1] for entry in now], agent)
             except Exception as error:
                 failed = RunError(f"the local engine failed: {type(error).__name__}: {error}")
                 for _, _, future in now + self._waiting:
@@ -76,8 +87,14 @@ class LocalEngine:
                     future.set_result(completion)
             await asyncio.sleep(0)
 
+    @contextmanager
+    def _serving(self, agent: int) -> Iterator[dict[str, Tensor]]:
+        """The model's parameters, with this agent's weights in place."""
+        with self._agents[agent]() if agent else nullcontext():
+            yield dict(self._model.named_parameters())
+
     @torch.inference_mode()
-    def _sample(self, prompts: list[list[int]], samplings: list[Sampling]) -> list[Completion]:
+    def _sample(self, prompts: list[list[int]], samplings: list[Sampling], agent: int) -> list[Completion]:
         if not prompts:
             return []
         width = max(map(len, prompts))
@@ -107,7 +124,7 @@ class LocalEngine:
             seen = torch.cat([seen, torch.ones_like(ids)], 1)
             position = position[:, -1:] + 1
         return [
-            Completion(tokens, values, reason or "stop", self.version)
+            Completion(tokens, values, reason or "stop", self._versions.get(agent, -1))
             for tokens, values, reason in zip(drawn, logprobs, finish, strict=True)
         ]
 
@@ -125,23 +142,26 @@ class LocalEngine:
         if isinstance(weights, Delta):
             raise RunError("the local engine takes merged weights only: set sync: {type: merged}")
         assert isinstance(weights, Full)
-        own = dict(self._model.named_parameters())
+        own, values = dict(self._model.named_parameters()), {}
         with torch.no_grad():
             for name, tensor in weights.tensors:
                 if name not in own:
                     raise RunError(f"the engine has no weight {name!r}")
-                own[name].copy_(tensor)
-        self.version = version
+                values[name] = own[name] if weights.agent == 0 else torch.empty_like(own[name])
+                values[name].copy_(tensor)
+        if weights.agent:
+            self._agents[weights.agent] = Swap(self._model, values)
+        self.version = self._versions[weights.agent] = version
 
     async def units(self, names: Sequence[str]) -> dict[str, str]:
         """See `Engine.units`: nothing is fused here."""
         own = dict(self._model.named_parameters())
         return {name: name for name in names if name in own}
 
-    async def read_back(self, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+    async def read_back(self, names: Sequence[str], seed: int, agent: int = 0) -> dict[str, Tensor]:
         """See `Engine.read_back`."""
-        own = dict(self._model.named_parameters())
-        return {name: digest(own[name], seed) for name in names if name in own}
+        with self._serving(agent) as own:
+            return {name: digest(own[name], seed) for name in names if name in own}
 
     async def forget(self) -> None:
         """Nothing is kept between calls."""

@@ -38,8 +38,8 @@ class VllmEngine:
     """One vLLM engine in this process.
 
     context: the most tokens of prompt and completion together. lora_rank: serve adapters of at most this rank
-    (0: merged weights only). reference: besides them, the policy before training. log: the file that gets vLLM's own
-    messages. options: any vLLM engine argument.
+    (0: merged weights only). agents: how many adapters at once. reference: besides them, the policy before training.
+    log: the file that gets vLLM's own messages. options: any vLLM engine argument.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class VllmEngine:
         cache_gb: float | None = None,
         memory_fraction: float | None = None,
         lora_rank: int = 0,
+        agents: int = 1,
         reference: bool = False,
         seed: int = 0,
         log: Path | None = None,
@@ -69,7 +70,7 @@ class VllmEngine:
             **FIXED,
         }
         if lora_rank:
-            settings |= {"enable_lora": True, "max_loras": 1 + reference, "max_lora_rank": _rank_step(lora_rank)}
+            settings |= {"enable_lora": True, "max_loras": agents + reference, "max_lora_rank": _rank_step(lora_rank)}
         try:
             with hushed(log):
                 self._llm = _start(settings | (options or {}), cpu)
@@ -80,7 +81,9 @@ class VllmEngine:
         self.version = -1
         self._rank = lora_rank
         self._reference = reference
-        self._adapter: Any = None
+        self._agents = agents
+        self._adapters: dict[int, Any] = {}  # by agent; none: merged weights
+        self._versions: dict[int, int] = {}
         self._before: Any = None  # stands for no adapter
         self._places: dict[str, tuple[str, Any] | None] = {}
         self._ids = itertools.count()
@@ -107,7 +110,9 @@ class VllmEngine:
             detokenize=bool(sampling.stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        adapter = self._before if sampling.reference else self._adapter
+        adapter = self._before if sampling.reference else self._adapters.get(sampling.agent)
+        if sampling.agent and adapter is None:
+            raise RunError(f"vLLM has no adapter of agent {sampling.agent} yet")
         if sampling.reference and adapter is None:
             raise RunError("this engine was not started to keep the policy before training, or has no adapter yet")
         name = str(next(self._ids))
@@ -116,7 +121,7 @@ class VllmEngine:
             key = self._llm.add_request(name, {"prompt_token_ids": list(prompt)}, params, lora_request=adapter)
         except (ValueError, VLLMValidationError) as error:
             raise InputError(f"rollout: vLLM refuses a prompt of {len(prompt)} tokens: {error}") from error
-        self._open[name] = (future, 0 if sampling.reference else self.version)
+        self._open[name] = (future, 0 if sampling.reference else self._versions.get(sampling.agent, self.version))
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
         try:
@@ -154,7 +159,7 @@ class VllmEngine:
         else:
             self._load_adapter(weights, version)
         await self.forget()
-        self.version = version
+        self.version = self._versions[weights.agent] = version
 
     def _pack_tied(self, names: list[str]) -> None:
         """Pack a head again whose weight is an embedding that was reloaded: reload_weights leaves its old packing."""
@@ -165,9 +170,11 @@ class VllmEngine:
                     module.quant_method.process_weights_after_loading(module)
 
     def _load_adapter(self, weights: Delta, version: int) -> None:
-        if self._adapter is not None:
-            self._llm.remove_lora(self._adapter.lora_int_id)
-        self._adapter = self._added(f"policy-{version}", version + 2, weights.folder)
+        agent = weights.agent
+        if agent in self._adapters:
+            self._llm.remove_lora(self._adapters.pop(agent).lora_int_id)
+        number = version * self._agents + agent + 2
+        self._adapters[agent] = self._added(f"policy-{agent}-{version}", number, weights.folder)
         if self._reference and self._before is None:
             with without_effect(weights.folder) as empty:
                 self._before = self._added("before-training", 1, empty)
@@ -192,10 +199,10 @@ class VllmEngine:
                 found[name] = place[0].rpartition(".")[0]
         return found
 
-    async def read_back(self, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+    async def read_back(self, names: Sequence[str], seed: int, agent: int = 0) -> dict[str, Tensor]:
         """See `Engine.read_back`. Names with `.lora_A.` or `.lora_B.` are read from the adapter in service."""
         with torch.no_grad():
-            adapters = {name: self._read_adapter(name, seed) for name in names if ".lora_" in name}
+            adapters = {name: self._read_adapter(name, seed, agent) for name in names if ".lora_" in name}
             plain: dict[str, Tensor] = {}
             whole: dict[str, list[Tensor]] = {}
             kernels = self._kernels()
@@ -303,12 +310,12 @@ class VllmEngine:
         index = SHARDS[shard] if shard in SHARDS else int(shard)
         return slice(sum(module.output_sizes[:index]), sum(module.output_sizes[: index + 1]))
 
-    def _read_adapter(self, name: str, seed: int) -> Tensor | None:
+    def _read_adapter(self, name: str, seed: int, agent: int) -> Tensor | None:
         """The digest of one adapter matrix, from the buffers that the kernels read; B comes with the scaling in it."""
         path, _, kind = name.removesuffix(".weight").rpartition(".")
         place = self._place(f"{path}.weight")
         manager = self._runner.lora_manager._adapter_manager
-        slot = manager.lora_index_to_id.index(self._adapter.lora_int_id)
+        slot = manager.lora_index_to_id.index(self._adapters[agent].lora_int_id)
         module = manager.modules.get(place[0].removesuffix(".weight")) if place else None
         if place is None or module is None:
             return None

@@ -68,16 +68,16 @@ class WorkerEngine:
         else:
             with Scratch("rlft-sync", _shared()) as folder:
                 _write(weights, folder)
-                await self._call("load_files", str(folder), version)
+                await self._call("load_files", str(folder), version, weights.agent)
         self.version = version
 
     async def units(self, names: Sequence[str]) -> dict[str, str]:
         """See `Engine.units`."""
         return await self._call("units", list(names))
 
-    async def read_back(self, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+    async def read_back(self, names: Sequence[str], seed: int, agent: int = 0) -> dict[str, Tensor]:
         """See `Engine.read_back`."""
-        found = await self._call("read_back", list(names), seed)
+        found = await self._call("read_back", list(names), seed, agent)
         return {name: torch.from_numpy(array) for name, array in found.items()}
 
     async def forget(self) -> None:
@@ -243,9 +243,10 @@ async def _answer(pipe: Connection, engine: Engine) -> None:
 
 async def _run(engine: Engine, method: str, arguments: tuple[Any, ...]) -> Any:
     if method == "load_files":
-        folder, version = arguments
+        folder, version, agent = arguments
         files = sorted(Path(folder).glob("*.safetensors"))
-        return await engine.load_weights(Full(pair for file in files for pair in load_file(file).items()), version)
+        tensors = (pair for file in files for pair in load_file(file).items())
+        return await engine.load_weights(Full(tensors, agent), version)
     answer = await getattr(engine, method)(*arguments)
     return {name: value.numpy() for name, value in answer.items()} if method == "read_back" else answer
 
