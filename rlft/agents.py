@@ -82,7 +82,7 @@ def learners(trainee: Trainee) -> list[Learner]:
 
 
 def together(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of several updates as of one: counts are added, of a maximum the largest is kept, of all else the mean."""
+    """Metrics of several updates as of one: counts are added, of a maximum the largest is kept, else the mean."""
     merged: dict[str, float] = {}
     for name in dict.fromkeys(name for one in found for name in one):
         values = [one[name] for one in found if not math.isnan(one.get(name, math.nan))] or [math.nan]
