@@ -1,7 +1,8 @@
 """What every reward shares: a closed config, and one place where verdicts are checked and recorded.
 
-A verdict is a finite number, or None for "no score". Whatever else a reward does, raise, return NaN or a list of the
-wrong length, is handled here once, so that a broken grader can never pass for a zero in a group's mean.
+A verdict is a finite number, or None for "no score". Whatever else a reward does, raise, hang, return NaN or a list of
+the wrong length, is a failure, and no score either. That is handled here once, so that a broken grader can never pass
+for a zero in a group's mean; the run counts failures, and stops where there are too many.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
+import traceback
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rlft.types import Group, InputError, Reward, RunError, Task, Trajectory
+from rlft.types import Failure, Group, InputError, Reward, RunError, Task, Trajectory
 
+TRACE = 2000  # characters of a traceback that are kept, from its end
 KEY_HELP = "Column of the task that holds the right answer (after `data.columns` has renamed it)."
 
 
@@ -67,28 +70,28 @@ def scored(judge: Reward, name: str, weight: float = 1.0, record: bool = True) -
     """A reward whose verdicts are checked, written to the trajectories' metrics, and multiplied by `weight`.
 
     Writes `reward/<name>` (only if record, and only where there is a value) and `reward/missing` (1 where there is
-    none). NaN becomes None. Raises RunError where the judge raised or returned something else than one number or
-    None for each trajectory; InputError and RunError of the judge pass as they are.
+    none). Where the judge raised, or gave for a trajectory something else than a finite number or None, that is no
+    score and stands in the trajectory's failures; an exception in place of a verdict is one too. InputError and
+    RunError pass as they are: whoever raises them means the run.
     """
 
     async def reward(group: Group) -> list[float | None]:
         if not group:
             return []
         try:
-            values = await judge(group)
+            values = _counted(await judge(group), group, name)
         except (InputError, RunError):
             raise
         except Exception as error:
-            raise RunError(
-                f"reward '{name}' failed on task '{group[0].task.id}': {type(error).__name__}: {error}. A crash is "
-                "not a zero, so the run stops. Mend the reward, or return None where there is no verdict, and go on "
-                "with `rlft resume`."
-            ) from error
-        verdicts = _checked(values, group, name)
-        for trajectory, verdict in zip(group, verdicts, strict=True):
-            trajectory.metrics.pop(f"reward/{name}", None)  # of an earlier judgement
+            values = [error] * len(group)
+        verdicts = [_number(value) for value in values]
+        for trajectory, value, verdict in zip(group, values, verdicts, strict=True):
+            trajectory.metrics.pop(f"reward/{name}", None)  # of an earlier judgement, as are its failures
+            trajectory.failures = [failure for failure in trajectory.failures if failure.reward != name]
             if record and verdict is not None:
                 trajectory.metrics[f"reward/{name}"] = verdict
+            if verdict is None and value is not None:
+                trajectory.failures.append(_failure(name, value))
             # Terms of a sum write this too; the total writes last, and is None if any of them is.
             trajectory.metrics["reward/missing"] = float(verdict is None)
         return [None if verdict is None else weight * verdict for verdict in verdicts]
@@ -129,34 +132,46 @@ def answer(task: Task, key: str) -> str:
     )
 
 
-def _checked(values: Sequence[float | None], group: Group, name: str) -> list[float | None]:
-    task = group[0].task.id
+class Miscounted(Exception):
+    """Something else than one verdict for each trajectory."""
+
+
+def _counted(values: Any, group: Group, name: str) -> Sequence[Any]:
+    """The verdicts, if they are as many as the trajectories."""
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-        raise RunError(
-            f"reward '{name}' returned {reprlib.repr(values)} ({type(values).__name__}) for task '{task}'. Return a "
-            f"list with one number or None for each of the {len(group)} trajectories."
+        raise Miscounted(
+            f"it returned {reprlib.repr(values)} ({type(values).__name__}). Return a list with one number or None for "
+            f"each of the {len(group)} trajectories."
         )
     if len(values) != len(group):
-        raise RunError(
-            f"reward '{name}' returned {len(values)} values for the {len(group)} trajectories of task '{task}': "
-            f"{reprlib.repr(values)}. Return one for each, in their order, and None where there is no score."
+        raise Miscounted(
+            f"it returned {len(values)} values for the {len(group)} trajectories of the task: {reprlib.repr(values)}. "
+            "Return one for each, in their order, and None where there is no score."
         )
-    return [_number(value, f"reward '{name}' on task '{task}', trajectory {i}") for i, value in enumerate(values)]
+    return values
 
 
-def _number(value: Any, where: str) -> float | None:
-    if value is None:
+def _number(value: Any) -> float | None:
+    """The value as a finite number; None for anything else. Raises InputError and RunError that stand in its place."""
+    if isinstance(value, (InputError, RunError)):
+        raise value
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return None
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isnan(number):
-            return None
-        if math.isfinite(number):
-            return number
-    raise RunError(
-        f"{where}: the value is {reprlib.repr(value)} ({type(value).__name__}), not a finite number. Return a float, "
-        "or None for 'no score'."
-    )
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _failure(name: str, value: Any) -> Failure:
+    """What to call a value that is no verdict."""
+    if isinstance(value, Miscounted):
+        return Failure(name, "count", str(value))
+    if isinstance(value, Exception):
+        kind = "timeout" if isinstance(value, TimeoutError) else "raised"
+        trace = "".join(traceback.format_exception(value))[-TRACE:]
+        return Failure(name, kind, f"{type(value).__name__}: {value}", trace)
+    kind = "nan" if isinstance(value, numbers.Real) and value != value else "value"
+    said = f"the value is {reprlib.repr(value)} ({type(value).__name__}), not a finite number. "
+    return Failure(name, kind, said + "Return a float, or None for 'no score'.")

@@ -21,7 +21,7 @@ from rlft.rewards.turns import turn_by_turn
 from rlft.types import Reward
 
 # The trainer logs these itself, as reward/<name> or eval/<name>.
-TAKEN = ("mean", "std", "missing", "accuracy", "reward", "tasks", "tokens_mean", "truncated")
+TAKEN = ("mean", "std", "missing", "failed", "failures", "accuracy", "reward", "tasks", "tokens_mean", "truncated")
 
 
 def _term_name(name: str) -> str:

@@ -13,12 +13,13 @@ import inspect
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
 
 from rlft.rewards.base import Config
+from rlft.rewards.threads import Threads
 from rlft.types import Group, InputError, Reward
 
 
@@ -39,35 +40,56 @@ class Custom(Config):
     threads: int = Field(
         default=8, ge=1, description="Calls of a plain function that run at once. 1 for one that is not thread-safe."
     )
+    seconds: float = Field(
+        default=600.0, gt=0, description="How long one call may take. One that takes longer has failed: no score."
+    )
 
     def judge(self, name: str) -> Reward:
-        call = _caller(_load(self.path, self.options), self.options, self.threads)
+        call = _caller(_load(self.path, self.options), self.options, self.threads, self.seconds)
 
-        async def judge(group: Group) -> Sequence[float | None]:
+        async def judge(group: Group) -> Sequence[Any]:
             if self.per == "group":
                 return await call(group)
-            return list(await asyncio.gather(*(call(trajectory) for trajectory in group)))
+            # One that raises says nothing about the others.
+            return await asyncio.gather(*map(call, group), return_exceptions=True)
 
         return judge
 
 
-def _caller(function: Callable[..., Any], options: dict[str, Any], threads: int) -> Callable[[Any], Awaitable[Any]]:
-    """Calls the function with its options: on the loop if it is async, else in a thread of this reward's own."""
-    if inspect.iscoroutinefunction(function):
-        return lambda subject: function(subject, **options)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="rlft-reward")
+def _caller(
+    function: Callable[..., Any], options: dict[str, Any], threads: int, seconds: float
+) -> Callable[[Any], Awaitable[Any]]:
+    """Calls the function with its options: on the loop if it is async, else in a thread of this reward's own.
 
-    def plain(subject: Any) -> Any:
-        try:
-            return function(subject, **options)
-        except StopIteration as error:  # asyncio cannot hand this one over, and would wait for ever
-            raise RuntimeError("the function let a StopIteration out: next() on something empty") from error
+    Raises TimeoutError where a call takes longer than `seconds`.
+    """
+    apart = Threads(threads)
+    bound = partial(_call, function, options)
 
     async def call(subject: Any) -> Any:
-        result = await asyncio.get_running_loop().run_in_executor(pool, plain, subject)
-        return await result if inspect.isawaitable(result) else result
+        if inspect.iscoroutinefunction(function):
+            return await _within(seconds, function(subject, **options))
+        result = await apart.run(bound, subject, seconds)
+        return await _within(seconds, result) if inspect.isawaitable(result) else result
 
     return call
+
+
+async def _within(seconds: float, work: Awaitable[Any]) -> Any:
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except TimeoutError as error:  # its own, or that of the function
+        raise TimeoutError(str(error) or f"the call took longer than {seconds:g} s") from error
+
+
+def _call(function: Callable[..., Any], options: dict[str, Any], subject: Any) -> Any:
+    """What cannot pass through asyncio, or would end the run, becomes an ordinary error."""
+    try:
+        return function(subject, **options)
+    except StopIteration as error:
+        raise RuntimeError("the function let a StopIteration out: next() on something empty") from error
+    except SystemExit as error:
+        raise RuntimeError(f"the function called sys.exit({error.code!r})") from error
 
 
 def _load(path: str, options: dict[str, Any]) -> Callable[..., Any]:

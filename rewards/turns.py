@@ -69,7 +69,7 @@ def until(trajectory: Trajectory, turn: Said) -> Trajectory:
     place = turns.index(turn)
     finish = trajectory.finish if place == len(turns) - 1 else "stop"
     changes = {"messages": turn.messages, "samples": samples, "finish": finish, "said": turns[: place + 1]}
-    return replace(trajectory, **changes, score=None, metrics={}, paid={})
+    return replace(trajectory, **changes, score=None, metrics={}, paid={}, failures=[])
 
 
 def _cut(sample: Sample, end: int) -> Sample:
@@ -97,6 +97,8 @@ def _pay(trajectory: Trajectory, name: str, amounts: list[float]) -> None:
 def _log(trajectory: Trajectory, turns: Sequence[Trajectory], components: Sequence[str], missing: bool) -> None:
     for component in components:  # of an earlier judgement
         trajectory.metrics.pop(f"reward/{component}", None)
+    others = [failure for failure in trajectory.failures if failure.reward not in components]
+    trajectory.failures = [*others, *(failure for turn in turns for failure in turn.failures)]
     if turns:
         trajectory.metrics.update(turns[-1].metrics)
         first = turns[0].metrics.items()

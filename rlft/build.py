@@ -26,6 +26,7 @@ from rlft.engine.local import LocalEngine
 from rlft.engine.vllm import VllmEngine
 from rlft.engine.worker import in_worker
 from rlft.evaluate import Evaluation
+from rlft.faults import Faults
 from rlft.generated import sums
 from rlft.kernels import keep_memory
 from rlft.learner import Learner, Schedule
@@ -70,6 +71,7 @@ class Parts:
     trainee: Trainee
     source: Source
     kind: str
+    faults: Faults
     engine: Engine | None = None
     sync: Sync | Syncs | None = None
     evaluation: Evaluation | None = None
@@ -187,8 +189,9 @@ def _temperature(config: Config) -> float:
     return config.rollout.sampling.temperature if config.online else 1.0
 
 
-def assemble(stuff: Material, log: Path | None) -> Parts:
+def assemble(stuff: Material, log: Path | None, faults: Faults | None = None) -> Parts:
     """Load the policy, start the engine, and connect everything. log: the engine's own messages go there."""
+    faults = faults or Faults(None, stuff.config.faults)
     config = stuff.config
     policy = make_policy(config, stuff.model)
     kind = sync_kind(config, policy, any(draw.reference for draw in stuff.algorithm.draws))
@@ -198,7 +201,8 @@ def assemble(stuff: Material, log: Path | None) -> Parts:
     reward = config.reward.build() if config.reward else unscored
     env = config.env.build()
     prompts = [stuff.chat.prompt(task.messages) for task in (stuff.tasks or stuff.held_out)[:2]]
-    parts = Parts(stuff, policy, trainee, Recorded(stuff.groups, config.rollout.tasks_per_step, config.seed), kind)
+    recorded_groups = Recorded(stuff.groups, config.rollout.tasks_per_step, config.seed)
+    parts = Parts(stuff, policy, trainee, recorded_groups, kind, faults)
     if not stuff.needs_engine:
         return parts
     # The last thing that can fail: what follows only connects, so that no engine is left without anybody to close it.
@@ -219,13 +223,15 @@ def _connect(parts: Parts, player: Player, reward: Reward) -> None:
         sizes = (rollout.tasks_per_step, rollout.group_size)
         draws = stuff.algorithm.draws
         players = replace(player, cast=Cast(config.agents.count, config.agents.exchange))
-        parts.source = Rollouts(stuff.tasks, players, reward, *sizes, config.seed, draws)
+        parts.source = Rollouts(stuff.tasks, players, reward, *sizes, config.seed, draws, parts.faults.sampled)
         if stuff.algorithm.refill:
             parts.source = Refilled(parts.source, parts.select, rollout.tasks_per_step, rollout.rounds)
     if stuff.held_out and config.reward is not None:
         component = config.eval.accuracy or config.reward.components()[0]
         samples, fixed = config.eval.samples, rollout.deterministic
-        parts.evaluation = Evaluation(player, reward, stuff.held_out, component, samples, config.seed, fixed)
+        parts.evaluation = Evaluation(
+            player, reward, stuff.held_out, component, samples, config.seed, fixed, parts.faults.evaluated
+        )
 
 
 async def unscored(group: Group) -> list[float]:

@@ -184,6 +184,9 @@ class Checkpoint(Block):
 class Faults(Block):
     """How much may go wrong before the run stops."""
 
+    reward: float = Field(
+        default=0.25, ge=0, le=1, description="share of a step's trajectories on which the reward may fail"
+    )
     skipped: int = Field(
         default=3, ge=0, description="optimizer steps in a row that may be skipped, their loss or gradient not finite"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rlft.player import Player, derive_seed
@@ -13,7 +13,10 @@ from rlft.types import Group, Reward, Task
 
 @dataclass(frozen=True)
 class Evaluation:
-    """component: the reward component that equals 1 where the answer is correct. samples: k of pass@k, 1 for none."""
+    """component: the reward component that equals 1 where the answer is correct. samples: k of pass@k, 1 for none.
+
+    watch: is shown all groups once they are judged.
+    """
 
     player: Player
     reward: Reward
@@ -22,17 +25,20 @@ class Evaluation:
     samples: int
     seed: int
     deterministic: bool = True
+    watch: Callable[[Sequence[Group]], None] = lambda groups: None
 
     async def __call__(self, step: int) -> tuple[dict[str, float], list[Group]]:
         """Metrics under `eval/`, and the greedy groups of one. A task without a verdict counts as not correct."""
         greedy = replace(self.player, sampling=replace(self.player.sampling, temperature=0.0, seed=0))
         groups, clock = await rollout(greedy, self.reward, self.tasks, 1, self.seed)
+        self.watch(groups)
         metrics = summary([t for group in groups for t in group], self.component)
         seconds = clock.generate + clock.reward
         if self.samples > 1:
             drawn, clock = await rollout(
                 self.player, self.reward, self.tasks, self.samples, derive_seed(self.seed, "pass", step)
             )
+            self.watch(drawn)
             solved = [any(t.metrics.get(f"reward/{self.component}") == 1 for t in group) for group in drawn]
             metrics[f"eval/pass@{self.samples}"] = sum(solved) / len(solved)
             seconds += clock.generate + clock.reward
@@ -73,4 +79,6 @@ def summary(trajectories: list, component: str) -> dict[str, float]:
         values = [t.metrics[name] for t in trajectories if name in t.metrics]
         metrics[f"eval/{name.removeprefix('reward/')}"] = sum(values) / len(values)
     metrics["eval/missing"] = sum(t.total is None for t in trajectories) / n
+    if failed := sum(bool(t.failures) for t in trajectories):
+        metrics["eval/failed"] = failed / n
     return metrics

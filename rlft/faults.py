@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import save_file
 
@@ -23,40 +23,80 @@ from rlft.whole import replacing
 FILE = "failures.jsonl"
 
 
+class Bounds(Protocol):
+    """How much may go wrong, see the block `faults` of a config."""
+
+    @property
+    def reward(self) -> float: ...
+
+    @property
+    def skipped(self) -> int: ...
+
+
 class Faults:
-    """The faults of one session. skipped: the bound, see `rlft.config.Faults`.
+    """The faults of one session.
 
     folder: the run's; None keeps nothing. say: tells the user one line. step: the one that is being taken.
     """
 
-    def __init__(self, folder: Path | None, skipped: int = 3, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, folder: Path | None, bounds: Bounds, say: Callable[[str], None] | None = None) -> None:
         self._folder = folder
-        self._skipped = skipped
+        self._bounds = bounds
         self._say = say
         self.step = 1
 
-    def note(self, fault: str, said: str = "", **more: Any) -> None:
-        """One line in failures.jsonl; said: one for the terminal too."""
+    def note(self, fault: str, tell: str = "", **more: Any) -> None:
+        """One line in failures.jsonl; tell: one for the terminal too."""
         row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": self.step, "fault": fault, **more}
         if self._folder is not None:
             append_line(self._folder / FILE, json.dumps(row, ensure_ascii=False, default=str))
+        self._tell(tell)
+
+    def _tell(self, said: str) -> None:
         if said and self._say is not None:
             self._say(said)
 
+    def sampled(self, groups: Sequence[Group]) -> None:
+        """Write down where rewards failed. Raises RunError where that is too large a share of the trajectories."""
+        failed, n = self._judged(groups), sum(map(len, groups))
+        if len(failed) <= self._bounds.reward * n:
+            return
+        trajectory, failure = failed[0], failed[0].failures[0]
+        where = f" All are in {self._folder / FILE}." if self._folder else ""
+        raise RunError(
+            f"the reward failed on {len(failed)} of {n} trajectories of step {self.step}, and faults.reward allows a "
+            f"share of {self._bounds.reward:g}. The first: reward '{failure.reward}' failed on task "
+            f"'{trajectory.task.id}': {failure.said}{where} A failure is not a zero, so these would not be trained on. "
+            "Mend the reward, or return None where there is no verdict, and go on with `rlft resume`."
+        )
+
+    def evaluated(self, groups: Sequence[Group]) -> None:
+        """Write down where rewards failed in an evaluation, which count as not correct there."""
+        if failed := self._judged(groups, evaluation=True):
+            self._tell(f"the reward failed on {len(failed)} of {sum(map(len, groups))} held-out answers")
+
+    def _judged(self, groups: Sequence[Group], **more: Any) -> list[Trajectory]:
+        failed = [t for group in groups for t in group if t.failures]
+        for trajectory in failed:
+            about = {"task_id": trajectory.task.id, "prompt": prompt_of(trajectory.task)}
+            for failure in trajectory.failures:
+                self.note("reward", **more, **vars(failure), **about, completion=trajectory.completion)
+        return failed
+
     def skipped(self, steps: Sequence[Skipped], in_a_row: int, chosen: Sequence[Group]) -> None:
         """Keep the batches of optimizer steps that were not taken. Raises RunError when there are too many in a row."""
-        for number, skip in enumerate(steps[: self._skipped + 1], 1):
+        for number, skip in enumerate(steps[: self._bounds.skipped + 1], 1):
             kept = self._keep(skip, number, chosen)
             where = f" Its batch is kept in {kept}." if kept else ""
             said = f"step {self.step}: the loss is {skip.loss} and the gradient's norm {skip.norm}: skipped.{where}"
             self.note("skipped", said, loss=str(skip.loss), norm=str(skip.norm), rows=len(skip.rows), kept=str(kept))
-        if in_a_row > self._skipped:
+        if in_a_row > self._bounds.skipped:
             last = steps[-1]
             raise RunError(
                 f"the loss is {last.loss} and the gradient's norm {last.norm}: {in_a_row} optimizer steps in a row "
-                f"were not finite, and none of them was taken; faults.skipped allows {self._skipped}. The batches are "
-                f"in {self._folder and self._folder / 'skipped'}. Lower learner.lr, or resume from the last checkpoint "
-                "with another setting."
+                f"were not finite, and none of them was taken; faults.skipped allows {self._bounds.skipped}. The "
+                f"batches are in {self._folder and self._folder / 'skipped'}. Lower learner.lr, or resume from the "
+                "last checkpoint with another setting."
             )
 
     def _keep(self, skip: Skipped, number: int, chosen: Sequence[Group]) -> Path | None:

@@ -11,7 +11,6 @@ from rlft.build import Parts
 from rlft.chance import undisturbed
 from rlft.checkpoint import Checkpoints
 from rlft.evaluate import win_rate
-from rlft.faults import Faults
 from rlft.terminal import Terminal
 from rlft.track import Record, summary
 from rlft.types import Group
@@ -20,15 +19,13 @@ from rlft.types import Group
 class Around:
     """The hooks of `train`. Evaluation and checkpoints are timed apart; `time/step` leaves them out."""
 
-    def __init__(
-        self, parts: Parts, record: Record, checkpoints: Checkpoints, terminal: Terminal, faults: Faults
-    ) -> None:
+    def __init__(self, parts: Parts, record: Record, checkpoints: Checkpoints, terminal: Terminal) -> None:
         self._parts = parts
         self._config = parts.material.config
         self._record = record
         self._checkpoints = checkpoints
         self._terminal = terminal
-        self._faults = faults
+        self._faults = parts.faults
         self.first: list[Group] = []
         self.last: list[Group] = []
         self._accuracies: list[tuple[int, float]] = []

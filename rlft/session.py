@@ -119,11 +119,11 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's own would wait until all is loaded
     kept = trackers(config.track, config.name, folder, config.model_dump(mode="json"))
     record = Record(folder, kept)
-    faults = Faults(folder, config.faults.skipped, terminal.say)
+    faults = Faults(folder, config.faults, terminal.say)
     parts: Parts | None = None
     try:
         with terminal.busy("loading the policy and starting the engine"):
-            parts = assemble(stuff, folder / "engine.log")
+            parts = assemble(stuff, folder / "engine.log", faults)
         chance.begin(config.seed)
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
         start = 0
@@ -133,7 +133,7 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
         record.cut(start)
         write_config(folder, config)  # only now: overrides that the checkpoint does not fit must not stay
         note(folder, config, start)
-        around = Around(parts, record, checkpoints, terminal, faults)
+        around = Around(parts, record, checkpoints, terminal)
         run = Run(config.steps, parts.source, stuff.algorithm, parts.trainee, _sync(parts), around)
         try:
             with _interruptible(run.stop, terminal):

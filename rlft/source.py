@@ -55,7 +55,10 @@ class Deck:
 
 
 class Rollouts:
-    """Plays `tasks_per_step` tasks, `group_size` times each, with the weights that the engine serves now."""
+    """Plays `tasks_per_step` tasks, `group_size` times each, with the weights that the engine serves now.
+
+    watch: is shown the groups once they are judged. Where it raises, they have not been drawn.
+    """
 
     online = True
 
@@ -68,7 +71,9 @@ class Rollouts:
         group_size: int,
         seed: int,
         draws: Sequence[Draw] = (),
+        watch: Callable[[Sequence[Group]], None] = lambda groups: None,
     ) -> None:
+        self._watch = watch
         self._draws = draws
         self._tasks = tasks
         self._player = player
@@ -86,6 +91,7 @@ class Rollouts:
         tasks = [self._tasks[self._deck.at(self._position + i)] for i in range(self._count)]
         seed = derive_seed(self._seed, "rollout", self._position)
         groups, clock = await rollout(self._player, self._reward, tasks, self._group_size, seed, self._draws)
+        self._watch(groups)
         self._position += self._count
         self.metrics = {
             "time/generate": clock.generate,

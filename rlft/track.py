@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,10 @@ def summary(groups: Sequence[Group]) -> dict[str, float]:
     mean = sum(scores) / len(scores) if scores else math.nan
     spread = math.sqrt(sum((s - mean) ** 2 for s in scores) / len(scores)) if scores else math.nan
     metrics = {"reward/mean": mean, "reward/std": spread, "reward/missing": (n - len(scores)) / n}
+    kinds = Counter(kind for t in trajectories for kind in {failure.kind for failure in t.failures})
+    if kinds:
+        metrics["reward/failed"] = sum(bool(t.failures) for t in trajectories) / n
+        metrics |= {f"reward/failures/{kind}": float(count) for kind, count in sorted(kinds.items())}
     for name in sorted({key for t in trajectories for key in t.metrics} - {"reward/missing", "advantage/mean"}):
         values = [t.metrics[name] for t in trajectories if name in t.metrics]
         metrics[name] = sum(values) / len(values)

@@ -22,7 +22,7 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """The run cannot go on: a proof failed, a reward raised, a disk is full. The message says what to do next."""
+    """The run cannot go on: a proof failed, rewards fail, a disk is full. The message says what to do next."""
 
 
 def least(level: float) -> float:
@@ -82,6 +82,20 @@ class Said:
         return str(self.messages[-1]["content"])
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a reward has no score for a trajectory that it should have judged. reward: the component's name.
+
+    kind: `raised`, `timeout`, `count` (not one verdict for each), `nan`, or `value` (no finite number). trace: the end
+    of the traceback.
+    """
+
+    reward: str
+    kind: str
+    said: str
+    trace: str = ""
+
+
 @dataclass
 class Trajectory:
     """What one play of a task left behind.
@@ -94,6 +108,7 @@ class Trajectory:
     said: the policy's turns, as the player saw them. paid: per reward that judges turn by turn, what it has put into
     the samples' rewards, one number per turn.
     sampled: how many tokens the engine returned for it; 0 in what was written down.
+    failures: of the rewards that judged it last.
     """
 
     task: Task
@@ -108,6 +123,7 @@ class Trajectory:
     said: tuple[Said, ...] = ()
     paid: dict[str, list[float]] = field(default_factory=dict)
     sampled: int = 0
+    failures: list[Failure] = field(default_factory=list)
 
     @property
     def turns(self) -> tuple[Said, ...]:
@@ -173,8 +189,8 @@ class Draw:
 class Reward(Protocol):
     """Judges the trajectories of one task. None means "no score", which is not zero: the trajectory is not trained on.
 
-    A reward that raises stops the run with its message; a crash is never counted as a zero. Components are
-    written to `trajectory.metrics["reward/<name>"]`.
+    A crash is never counted as a zero: it is no score, and stands in `trajectory.failures`. Components are written to
+    `trajectory.metrics["reward/<name>"]`.
     """
 
     async def __call__(self, group: Group) -> Sequence[float | None]: ...

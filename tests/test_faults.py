@@ -43,6 +43,16 @@ def huge(trajectory, calls, first, last):
     """Scores so far apart that their difference overflows, from one call to another."""
     number = count(calls)
     return 3e38 * (-1) ** number if first <= number <= last else low(trajectory)
+
+
+def breaks(trajectory, calls, kinds):
+    """kinds: by the number of the call, as text."""
+    kind = kinds.get(str(count(calls)))
+    if kind == "raise":
+        raise ValueError("the grader fell over")
+    if kind == "hang":
+        time.sleep(600)
+    return {"nan": float("nan"), "inf": float("inf"), "text": "good", "none": None}.get(kind, low(trajectory))
 '''
 Make = Callable[..., Any]
 
@@ -175,3 +185,68 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(make: Make, tmp_path: Path)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
     assert resume(folder, ["reward.options.first=100000", "steps=4"], Terminal(Console(quiet=True))) == 0
     assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4]
+
+
+# Rewards.
+
+
+def test_what_a_reward_fails_on_is_left_out_and_written_down(make: Make, tmp_path: Path) -> None:
+    """Step 2 is calls 9 to 16: all but one of its first group have no score, so that nothing is learned from it."""
+    kinds = {"9": "raise", "10": "hang", "11": "nan", "14": "none", "20": "inf", "21": "text"}
+    reward = grader("breaks", calls=str(tmp_path / "calls"), kinds=kinds) | {"seconds": 0.5}
+    folder, _ = run(make(reward=reward, faults__reward=0.5))
+    first, second, third, _ = rows(folder)
+    assert "reward/failed" not in first
+    assert (second["reward/failed"], second["reward/missing"]) == (3 / 8, 4 / 8)
+    assert [second[f"reward/failures/{kind}"] for kind in ("raised", "timeout", "nan")] == [1, 1, 1]
+    assert (third["reward/failed"], third["reward/failures/value"]) == (2 / 8, 2)
+    played = pq.read_table(folder / "rollouts/step-000002.parquet").to_pylist()
+    scores = [row["score"] for row in played if row["score"] is not None]
+    assert len(scores) == 4
+    assert second["reward/mean"] == pytest.approx(sum(scores) / 4), "no failure is a zero"
+    assert [row["advantage"] is None for row in played] == [True] * 3 + [False] * 2 + [True] + [False] * 2
+    assert played[3]["advantage"] == 0, "alone in its group"
+    lines = failures(folder)
+    assert [(line["step"], line["kind"]) for line in lines] == [
+        (2, "raised"), (2, "timeout"), (2, "nan"), (3, "value"), (3, "value")
+    ]  # fmt: skip
+    for line, row in zip(lines, played, strict=False):
+        if line["step"] == 2:
+            assert (line["task_id"], line["prompt"]) == (row["task_id"], row["prompt"])
+    assert lines[0]["completion"] == played[0]["completion"]
+    assert lines[0]["said"] == "ValueError: the grader fell over"
+    assert "in breaks" in lines[0]["trace"]
+
+
+def test_a_reward_that_fails_too_often_ends_the_run_between_steps(make: Make, tmp_path: Path) -> None:
+    """Three of eight in step 3: the step is not learned from, and what was learned before is kept."""
+    kinds = {str(number): "raise" for number in (17, 18, 19)}
+    config = make(
+        reward=grader("breaks", calls=str(tmp_path / "calls"), kinds=kinds), checkpoint__every=0, faults__reward=0.3
+    )
+    with pytest.raises(
+        RunError, match=r"3 of 8 .* step 3, .* a share of 0.3. The first: .* fell over .*failures.jsonl"
+    ):
+        run(config)
+    folder = Path(config.out)
+    assert [row["step"] for row in rows(folder)] == [1, 2]
+    assert [line["step"] for line in failures(folder)] == [3, 3, 3]
+    assert resume(folder, [], Terminal(Console(quiet=True))) == 0
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4]
+    config = make(out=str(tmp_path / "undisturbed"))
+    assert same(trained(run(config)[0], 4), trained(folder, 4)), "the step was drawn again"
+
+
+def test_held_out_answers_that_a_reward_fails_on_are_not_correct(make: Make, tmp_path: Path) -> None:
+    """The first evaluation is calls 1 to 5; all would be correct."""
+    reward = grader("breaks", calls=str(tmp_path / "calls"), kinds={"2": "raise", "3": "nan"})
+    config = make(
+        steps=0,
+        reward={"type": "weighted", "terms": {"right": {"type": "length", "limit": 99, "free": 98}, "own": reward}},
+        data__eval=str(tmp_path / "train.jsonl"),
+    )
+    folder, said = run(config)
+    (row,) = rows(folder)
+    assert (row["eval/accuracy"], row["eval/failed"], row["eval/missing"]) == (1, 2 / 5, 2 / 5)
+    assert "the reward failed on 2 of 5 held-out answers" in said
+    assert [(line["step"], line["evaluation"]) for line in failures(folder)] == [(1, True)] * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import sys
 from fractions import Fraction
 
@@ -12,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlft.rewards.base import scored
 from rlft.rewards.catalog import RewardConfig, names, types
+from rlft.rewards.combine import total
 from rlft.types import InputError, Reward, RunError
 
 PARSE = TypeAdapter(RewardConfig).validate_python
@@ -131,17 +133,30 @@ def test_terms_run_at_the_same_time(play, judge, tmp_path, monkeypatch):
 
 
 def test_a_crash_is_not_a_zero(play):
-    original = ZeroDivisionError("division by zero")
-    with pytest.raises(RunError) as caught:
-        asyncio.run(scored(returning(original), "mine")((play("x"),)))
-    assert caught.value.__cause__ is original
-    for part in ("reward 'mine'", "task 'row-7'", "ZeroDivisionError: division by zero", "rlft resume"):
-        assert part in str(caught.value)
+    group = (play("x"), play("y"))
+    assert asyncio.run(scored(returning(ZeroDivisionError("division by zero")), "mine")(group)) == [None, None]
+    for one in group:
+        (failure,) = one.failures
+        assert (failure.reward, failure.kind) == ("mine", "raised")
+        assert failure.said == "ZeroDivisionError: division by zero"
+        assert failure.trace.endswith("ZeroDivisionError: division by zero\n")
+        assert one.metrics == {"reward/missing": 1.0}
+
+
+def test_a_term_that_crashes_leaves_no_half_of_a_sum(play):
+    """The other term's value is logged; the sum has none, and the failure is that of the term."""
+    one = play("x")
+    broken, good = scored(returning(KeyError("k")), "broken"), scored(returning([0.5]), "good")
+    assert asyncio.run(scored(total([broken, good]), "sum", record=False)((one,))) == [None]
+    assert [failure.reward for failure in one.failures] == ["broken"]
+    assert one.metrics == {"reward/good": 0.5, "reward/missing": 1.0}
 
 
 def test_an_input_error_stays_one(play):
     with pytest.raises(InputError, match=r"^row 3$"):
         asyncio.run(scored(returning(InputError("row 3")), "mine")((play("x"),)))
+    with pytest.raises(RunError, match=r"^out of money$"):
+        asyncio.run(scored(returning([1.0, RunError("out of money")]), "mine")((play("x"), play("y"))))
 
 
 @pytest.mark.parametrize(
@@ -154,23 +169,41 @@ def test_an_input_error_stays_one(play):
         (1.0, "returned 1.0"),
         ("ab", "returned 'ab'"),
         ({0: 1.0, 1: 1.0}, "Return a list"),
-        ([1.0, True], r"trajectory 1: the value is True \(bool\)"),
-        ([math.inf, 1.0], "trajectory 0: the value is inf"),
-        ([1.0, "1"], "the value is '1'"),
-        ([1.0, 10**400], "not a finite number"),
-        ([1.0, [1.0]], r"\(list\)"),
     ],
 )
-def test_what_is_no_verdict_is_refused(play, values, reason):
-    with pytest.raises(RunError, match=reason) as caught:
-        asyncio.run(scored(returning(values), "mine")((play("x"), play("y"))))
-    assert "reward 'mine'" in str(caught.value)
-    assert "task 'row-7'" in str(caught.value)
-
-
-def test_nan_is_no_score_and_is_counted(play):
+def test_a_wrong_count_is_a_failure_for_all(play, values, reason):
     group = (play("x"), play("y"))
-    assert asyncio.run(scored(returning([math.nan, Fraction(1, 4)]), "mine")(group)) == [None, 0.25]
+    assert asyncio.run(scored(returning(values), "mine")(group)) == [None, None]
+    assert all(one.failures[0].kind == "count" for one in group)
+    assert all(re.search(reason, one.failures[0].said) for one in group)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "reason"),
+    [
+        (True, "value", r"the value is True \(bool\)"),
+        (math.inf, "value", "the value is inf"),
+        (math.nan, "nan", "the value is nan"),
+        ("1", "value", "the value is '1'"),
+        (10**400, "value", "not a finite number"),
+        ([1.0], "value", r"\(list\)"),
+        (TimeoutError("late"), "timeout", "TimeoutError: late"),
+        (ValueError("broken"), "raised", "ValueError: broken"),
+    ],
+)
+def test_what_is_no_verdict_is_a_failure_of_that_trajectory(play, value, kind, reason):
+    good, bad = play("x"), play("y")
+    assert asyncio.run(scored(returning([1.0, value]), "mine")((good, bad))) == [1.0, None]
+    assert not good.failures
+    (failure,) = bad.failures
+    assert failure.kind == kind
+    assert re.search(reason, failure.said)
+
+
+def test_none_is_no_score_and_no_failure(play):
+    group = (play("x"), play("y"))
+    assert asyncio.run(scored(returning([None, Fraction(1, 4)]), "mine")(group)) == [None, 0.25]
+    assert not group[0].failures
     assert group[0].metrics == {"reward/missing": 1.0}
     assert group[1].metrics == {"reward/mine": 0.25, "reward/missing": 0.0}
 
@@ -178,8 +211,11 @@ def test_nan_is_no_score_and_is_counted(play):
 def test_a_second_judgement_leaves_nothing_of_the_first(play):
     one = play("x")
     asyncio.run(scored(returning([0.5]), "mine")((one,)))
-    asyncio.run(scored(returning([None]), "mine")((one,)))
+    asyncio.run(scored(returning([math.nan]), "mine")((one,)))
     assert one.metrics == {"reward/missing": 1.0}
+    assert len(one.failures) == 1
+    asyncio.run(scored(returning([None]), "mine")((one,)))
+    assert not one.failures
 
 
 def test_an_empty_group_has_no_verdicts(judge):

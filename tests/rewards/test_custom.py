@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from rlft.rewards.custom import Custom
-from rlft.types import InputError, RunError
+from rlft.types import InputError
 
 MINE = """
-import asyncio, threading
+import asyncio, threading, time
 threads = set()
 
 def plain(trajectory, bonus=0.0):
@@ -39,6 +42,20 @@ def crashes(trajectory):
 
 def empty_next(trajectory):
     return next(iter([]))
+
+def sleeps(trajectory):
+    time.sleep(trajectory.task.info["wait"])
+    return 1.0
+
+async def sleeps_async(trajectory):
+    await asyncio.sleep(trajectory.task.info["wait"])
+    return 1.0
+
+def sleeps_later(trajectory):
+    return sleeps_async(trajectory)
+
+def exits(trajectory):
+    raise SystemExit(3)
 
 def short(group):
     return [1.0]
@@ -114,14 +131,53 @@ def test_one_thread_means_one_call_at_a_time(play, judge, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("crashes", "KeyError: 'nothing'"), ("empty_next", "StopIteration"), ("short", "1 values")]
+    ("name", "reason"),
+    [
+        ("crashes", "KeyError: 'nothing'"),
+        ("empty_next", "StopIteration"),
+        ("short", "1 values"),
+        ("exits", r"exit\(3\)"),
+    ],
 )
 def test_a_crash_surfaces_with_the_name_of_the_term(play, judge, name, reason):
     term = config(name, per="group" if name == "short" else "trajectory")
-    with pytest.raises(RunError, match=reason) as caught:
-        judge({"type": "weighted", "terms": {"taste": term}}, play("a"), play("b"))
-    assert "reward 'taste'" in str(caught.value)
-    assert "task 'row-7'" in str(caught.value)
+    group = (play("a"), play("b"))
+    assert judge({"type": "weighted", "terms": {"taste": term}}, *group) == [None, None]
+    for one in group:
+        assert one.failures[0].reward == "taste"
+        assert re.search(reason, one.failures[0].said)
+
+
+def test_one_that_crashes_says_nothing_about_the_others(play, judge):
+    group = (play("a"), play("b", nothing=0.5))
+    assert judge(config("crashes"), *group) == [None, 0.5]
+    assert [len(one.failures) for one in group] == [1, 0]
+
+
+@pytest.mark.parametrize("name", ["sleeps", "sleeps_async", "sleeps_later"])
+def test_a_call_that_takes_too_long_is_a_failure_and_holds_up_nobody(play, judge, name):
+    """Two threads, and both hang: the quick ones after them are judged all the same."""
+    group = [play("a", wait=30.0), play("a", wait=30.0), *(play("a", wait=0.0) for _ in range(4))]
+    begun = time.monotonic()
+    assert judge(config(name, seconds=0.3, threads=2), *group) == [None, None, 1.0, 1.0, 1.0, 1.0]
+    assert time.monotonic() - begun < 5
+    assert [[failure.kind for failure in one.failures] for one in group[:3]] == [["timeout"], ["timeout"], []]
+    assert "longer than 0.3 s" in group[0].failures[0].said
+
+
+def test_the_wait_for_a_thread_is_not_counted(play, judge):
+    group = [play("a", wait=0.15) for _ in range(6)]
+    assert judge(config("sleeps", seconds=0.5, threads=1), *group) == [1.0] * 6
+
+
+def test_a_thread_that_hangs_does_not_keep_the_process(tmp_path):
+    code = (
+        "import asyncio\nfrom rlft.rewards.custom import Custom\nfrom rlft.types import Task, Trajectory\n"
+        "one = Trajectory(Task('t', (), {'wait': 600.0}), (), [])\n"
+        "print(asyncio.run(Custom(path='mine_rewards:sleeps', seconds=0.2).build()((one,))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[None]\n", done.stderr
 
 
 @pytest.mark.parametrize(
