@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import rlft  # noqa: F401  (first: it says how torch's threads wait, and torch reads that when it is loaded)
@@ -13,6 +13,7 @@ import pytest
 
 from rlft.tiny import VOCAB, save
 from rlft.types import NAN, Group, Sample, Task, Trajectory
+from tests.killing import Server
 
 MakeGroups = Callable[..., list[Group]]
 
@@ -48,6 +49,14 @@ def _make_groups(count: int = 3, size: int = 4, seed: int = 0, longest: int = 9,
 
     prompts = [speak(draw.randint(2, 4)) for _ in range(count)]
     return [tuple(play(g, prompt) for _ in range(size)) for g, prompt in enumerate(prompts)]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Runs that can be killed, each in a process of its own."""
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
