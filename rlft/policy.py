@@ -9,6 +9,7 @@ refused. A reference that follows the policy is in reference.py.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,6 +174,8 @@ class Policy:
         """The adapter in PEFT's format; without an adapter the whole model, both as safetensors."""
         with uncut(self.model):
             self.model.save_pretrained(str(folder), safe_serialization=True)
+        if self.is_peft:
+            _sort_sets(folder / "adapter_config.json", self.model.peft_config[self.model.active_adapter])
 
     def save_merged(self, folder: Path) -> None:
         """The model with the adapter merged in, as transformers and vLLM load it."""
@@ -329,3 +332,10 @@ def _refuse_tied(model: PeftModel) -> None:
                 f"adapter: it adapts the {end} embeddings, which this model ties to the other end; the engine holds "
                 "one copy for both. Leave embed_tokens and lm_head out of target_modules and modules_to_save."
             )
+
+
+def _sort_sets(file: Path, config: Any) -> None:
+    """PEFT writes sets, such as target_modules, in an order that differs from process to process."""
+    written = json.loads(file.read_text())
+    ordered = {name: sorted(written[name]) for name, value in vars(config).items() if isinstance(value, set)}
+    file.write_text(json.dumps(written | ordered, indent=2, sort_keys=True))

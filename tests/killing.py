@@ -42,7 +42,7 @@ def drawn(trajectory):
 '''
 WIDTH = 32  # bytes of the file in which a run notes its phase
 STOPWATCH = ("time/", "sync/seconds")  # what may differ between two runs: the clock
-PHASES = ("loading", "evaluating", "syncing", "sampling", "learning", "recording", "saving", "ending")
+PHASES = ("evaluating", "syncing", "sampling", "learning", "recording")  # beside loading and saving
 
 
 class Server:

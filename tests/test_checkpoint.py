@@ -175,6 +175,17 @@ def test_a_checkpoint_holds_the_adapter_in_peft_s_format(tmp_path: Path, begin: 
     assert not [p for p in kept.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")], "nothing is pickled"
 
 
+def test_the_adapter_s_config_is_the_same_from_process_to_process(
+    tmp_path: Path, begin: Callable[..., Training]
+) -> None:
+    """PEFT holds the targets as a set, whose order is another in every process."""
+    training = begin({**LORA, "target_modules": "all-linear"})
+    kept = Checkpoints(tmp_path, 1).save(1, training.learner, training.source)
+    targets = json.loads((kept / "adapter/adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets)
+    assert len(targets) == 14
+
+
 def test_the_newest_and_the_best_stay(tmp_path: Path, begin: Callable[..., Training]) -> None:
     training = begin()
     checkpoints = Checkpoints(tmp_path, 2)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from rlft.checkpoint import Checkpoints
 from rlft.lock import FILE
 from rlft.whole import scraps
-from tests.killing import Life, Server, assert_same, family, rows
+from tests.killing import PHASES, Life, Server, assert_same, family, rows
 from tests.test_resume import CASES, write
 
 LONG = bool(os.environ.get("RLFT_CAMPAIGN"))
@@ -99,20 +99,23 @@ class Campaign:
         return self._start("train", config, f"out={run}")
 
     def _kill(self, config: Path, run: Path, lasts: float) -> bool:
-        """At a moment drawn evenly from the run's time, or while something is written or removed."""
+        """At a moment drawn evenly from the run's time, or after it in a phase, or when something is half written."""
         before = Checkpoints(run / "checkpoints", 2).latest() or 0
         life = self._go_on(config, run)
         begun = _when_begun(run, life)
-        aim = self._chance.choice([None, None, "checkpoints", "anywhere"])
-        moment = begun + self._chance.random() * lasts
-        after = self._chance.random() * 0.004
+        aim = self._chance.choice([None, "checkpoints", "anywhere", self._chance.choice(PHASES)])
+        moment = begun + self._chance.random() * lasts * (1.0 if aim is None else 0.8)
+        after = self._chance.random() * 0.003
 
         def now() -> bool:
             nonlocal before
             before = max(before, _newest(run))
+            if time.monotonic() < moment:
+                return False
             if aim is None:
-                return time.monotonic() >= moment
-            if not any(aim == "anywhere" or path.parent.name == aim for path in scraps(run)):
+                return True
+            there = {self._server.phase()} | {name for path in scraps(run) for name in ("anywhere", path.parent.name)}
+            if aim not in there:
                 return False
             time.sleep(after)
             return True
