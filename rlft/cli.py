@@ -34,12 +34,14 @@ Agent = Annotated[int, typer.Option(help="of a run with several agents: whose po
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Train from the start."""
-    from rlft.session import begin
     from rlft.settings import load
-    from rlft.terminal import Terminal
 
     with _interruptible():
-        raise typer.Exit(begin(load(config, overrides or []), Terminal()))
+        loaded = load(config, overrides or [])  # before what takes seconds to import: a mistake is answered sooner
+        from rlft.session import begin
+        from rlft.terminal import Terminal
+
+        raise typer.Exit(begin(loaded, Terminal()))
 
 
 @app.command()
@@ -55,10 +57,12 @@ def resume(run: RunFolder, overrides: Overrides = None) -> None:
 @app.command()
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check a config and say in words what it would do; no weight is loaded."""
-    from rlft.plan import describe
     from rlft.settings import load
 
-    typer.echo(describe(load(config, overrides or [])))
+    loaded = load(config, overrides or [])
+    from rlft.plan import describe
+
+    typer.echo(describe(loaded))
 
 
 @app.command(name="eval")

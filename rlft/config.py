@@ -234,7 +234,9 @@ class Config(Block):
     @field_validator("track", mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
-        names = [value] if isinstance(value, str) else list(value or ())
+        names = [value] if isinstance(value, str) else [] if value is None else value
+        if not isinstance(names, list | tuple):
+            raise ValueError(f"track: it is a name or a list of names, this is {type(value).__name__}")
         for name in names:
             if name not in TRACKERS:
                 raise ValueError(f"there is no tracker {name!r}; it is one of {', '.join(TRACKERS)}")

@@ -114,7 +114,7 @@ def _json(file: Path) -> list[Row]:
     if file.suffix == ".json" and text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"data: {file} is not JSON: {error}") from error
     else:
         rows = []
@@ -122,7 +122,7 @@ def _json(file: Path) -> list[Row]:
             if line.strip():
                 try:
                     rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, RecursionError) as error:
                     raise InputError(f"data: {file} line {i + 1} is not JSON: {error}") from error
     _refuse([i for i, row in enumerate(rows) if not isinstance(row, dict)], "it is not a JSON object", str(file))
     return rows

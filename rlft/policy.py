@@ -13,13 +13,14 @@ import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from pydantic import PydanticSchemaGenerationError, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -245,10 +246,27 @@ def peft_config(adapter: dict[str, Any]) -> Any:
             near = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(f"adapter.{key}: {kinds[kind].__name__} of PEFT has no such field{hint}")
+    hints = get_type_hints(kinds[kind])
+    for key, value in settings.items():
+        _refuse_kind(f"adapter.{key}", hints.get(key, Any), value)
     try:
         return kinds[kind](task_type="CAUSAL_LM", **settings)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"adapter: {error}") from error
+
+
+def _refuse_kind(key: str, hint: Any, value: Any) -> None:
+    """PEFT takes anything until a layer is made. Its hints name fewer words than it knows, and integers for numbers."""
+    try:
+        TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        mistakes = error.errors()
+        if not {"literal_error", "int_from_float"} & {e["type"] for e in mistakes} or not isinstance(
+            value, str | float
+        ):
+            raise InputError(f"{key}: {mistakes[0]['msg']} (it is {value!r})") from error
+    except PydanticSchemaGenerationError:  # a class that pydantic knows nothing of
+        pass
 
 
 _WRAPPERS = {"base_layer", "original_module", "token_adapter"}

@@ -30,7 +30,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path}: there is no such config file{hint}")
     try:
         read = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: this is not readable as YAML: {error}") from error
     if not isinstance(read, dict):
         raise InputError(f"{path}: a config is a mapping of keys to values, this is {type(read).__name__}")
