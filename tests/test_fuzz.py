@@ -282,7 +282,7 @@ def test_a_bad_row_is_refused_by_its_number(
     with pytest.raises(InputError) as caught:
         tasks(made, {}, "train") if kind == "asked" else recorded(made, {}, "train", chat)
     assert f": {number + 1}" in str(caught.value), str(caught.value)
-    words = (column, "step", "messages", *(["prompt", "completion"] if value is ... else []))
+    words = (column.rstrip("s"), "step", "messages", *(["prompt", "completion"] if value is ... else []))
     assert any(word in str(caught.value) for word in words), str(caught.value)
 
 
