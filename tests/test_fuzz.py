@@ -109,7 +109,7 @@ def wrong_kinds(schema: dict[str, Any]) -> list[Any]:
         wrong += [0.5, 1e400, "1.5"]
     if have <= {"object"}:
         wrong += [7, None]
-    if "null" not in have and not have & {"any"}:
+    if "null" not in have and not have & {"any", "array"}:  # no list is an empty one
         wrong += [None]
     return wrong
 
@@ -162,7 +162,21 @@ def put(plain: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     block[path[-1]] = value
 
 
-@often(1800)
+def test_no_key_takes_a_value_that_is_ruled_out() -> None:
+    """Every key with each of the values that it must not have."""
+    for path, schema, given_types in PLACES:
+        for wrong in wrong_kinds(schema) + beyond(schema):
+            plain = copy.deepcopy(PLAIN)
+            for block, value in given_types.items():
+                put(plain, block, dict(value))
+            put(plain, path, wrong)
+            counted("values", (path, given_types, wrong))
+            with pytest.raises(InputError) as caught:
+                validate(plain)
+            assert path[-1] in str(caught.value), (plain, str(caught.value))
+
+
+@often(500)
 @given(bad_configs())
 def test_a_config_with_a_mistake_is_refused_and_the_key_named(case: tuple[dict[str, Any], str]) -> None:
     plain, word = case

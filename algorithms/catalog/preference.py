@@ -43,7 +43,7 @@ class Paired(Knobs):
 
 def _names(value: Any) -> tuple[str, ...]:
     """One name or a list of them, each known."""
-    names = (value,) if isinstance(value, str) else tuple(value or ())
+    names = tuple(value) if isinstance(value, list | tuple) else (value,) if value else ()
     if not names:
         raise ValueError("name at least one loss")
     for name in names:

@@ -43,8 +43,8 @@ class Kto(Labelled):
     @field_validator("loss", mode="before")
     @classmethod
     def _single(cls, value: Any) -> Any:
-        for name in [value] if isinstance(value, str) else list(value or ()):
-            if name in TERMS:
+        for name in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(name, str) and name in TERMS:
                 raise ValueError(f"{name!r} compares the two sides of a pair, and kto learns from single answers: dpo")
         return value
 
