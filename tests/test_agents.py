@@ -27,6 +27,7 @@ from rlft.after import evaluate, export
 from rlft.agents import Agents, Syncs, together
 from rlft.algorithms.base import Algorithm
 from rlft.algorithms.catalog import AlgorithmConfig
+from rlft.algorithms.gae import gae
 from rlft.batch import Batch
 from rlft.build import assemble, material
 from rlft.chat import Chat
@@ -40,6 +41,7 @@ from rlft.learner import Learner, Schedule
 from rlft.plan import describe
 from rlft.player import Cast, Player
 from rlft.policy import Policy
+from rlft.reference import Reference
 from rlft.replay import replay
 from rlft.session import begin, resume
 from rlft.settings import load, validate
@@ -240,6 +242,40 @@ def test_they_begin_as_one_and_leave_no_trace(tiny_model: Path, make_groups: Mak
         agents.update(batch, replace(named(type="grpo"), loss=broken))
     assert dict(policy.trainable()).keys() == first.trained().keys()
     assert all(p is first.trained()[name] for name, p in policy.trainable())
+
+
+def test_an_episodes_total_is_every_agents(make_groups: MakeGroups) -> None:
+    """Equation 4 of arXiv:2410.06101 from token to token: what the other was paid comes at one's end."""
+    groups = in_roles(make_groups, 1, 2)
+    for trajectory in groups[0]:
+        trajectory.score = 0.25
+        for sample, paid in zip(trajectory.samples, (1.0, 3.0), strict=True):
+            sample.rewards[-1] = paid
+    batch = Batch.of(groups)
+    batch = batch.with_(values=torch.zeros_like(batch.logprobs))
+    for agent, own in ((0, 1.0), (1, 3.0)):
+        rows = batch.rows((batch.agent == agent).nonzero().flatten())
+        assert rows.rewards.sum(1).tolist() == [own] * 2
+        assert set(gae(rows, lam=1.0, whiten=False).returns[rows.mask].tolist()) == {4.25}
+
+
+def test_references_are_their_own(tiny_model: Path, make_groups: MakeGroups, tmp_path: Path) -> None:
+    """A saved adapter is where both begin and what both are measured from; one that follows, follows its own agent."""
+    saved = Policy(tiny_model, {**LORA, "init_lora_weights": False}, device="cpu")
+    saved.save_adapter(tmp_path)
+    policy = Policy(tiny_model, {"type": "saved", "path": str(tmp_path)}, device="cpu")
+    batch, algorithm = Batch.of(in_roles(make_groups)), named(type="grpo", kl=0.1)
+    fixed = Agents(policy, 2, lambda: Learner(policy, Schedule(lr=1e-2, steps=9)))
+    start = fixed.learners[0].logprobs(batch)[batch.mask]
+    fixed.update(batch, algorithm)
+    moving = Agents(policy, 2, lambda: Learner(policy, Schedule(lr=1e-2, steps=9), reference=Reference(policy, 1, 1.0)))
+    assert moving.update(batch, algorithm)["reference/refreshed"] == 2
+    for agents in (fixed, moving):
+        for agent, learner in enumerate(agents.learners):
+            with agents.acting(agent):
+                now, first = (learner.logprobs(batch, reference=kind)[batch.mask] for kind in (False, True))
+            assert not torch.equal(now, start)
+            assert torch.equal(first, start if agents is fixed else now)
 
 
 def test_a_skipped_step_is_one_agents(tiny_model: Path, make_groups: MakeGroups) -> None:
