@@ -152,7 +152,7 @@ def _load(folder: Path, base: str | None, device: str) -> Loaded:
     name = base or _base(folder)
     try:
         kind = torch.bfloat16 if where.type == "cuda" else torch.float32
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise InputError(f"the reward `model`: its base {name} does not load ({error}); set base") from error
     chat = _chat(folder, name)

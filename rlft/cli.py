@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from rlft.secrets import hidden
 from rlft.types import InputError, RunError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -212,7 +213,7 @@ def _command() -> str:
 
 
 def _fail(message: str, code: int) -> None:
-    typer.echo(f"rlft: {message}", err=True)
+    typer.echo(f"rlft: {hidden(message)}", err=True)
     sys.stdout.flush()
     raise SystemExit(code)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from rlft.algorithms.catalog import AlgorithmConfig
 from rlft.allocation import ranks_problem
@@ -224,6 +224,7 @@ class Config(Block):
     checkpoint: Checkpoint = Checkpoint()
     faults: Faults = Faults()
     show: Show = Show()
+    _from_environment: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
     track: tuple[str, ...] = Field(default=(), description=f"any of {', '.join(TRACKERS)}")
 
     @field_validator("adapter", mode="before")
@@ -241,6 +242,11 @@ class Config(Block):
             if name not in TRACKERS:
                 raise ValueError(f"there is no tracker {name!r}; it is one of {', '.join(TRACKERS)}")
         return tuple(names)
+
+    @property
+    def from_environment(self) -> dict[tuple[str | int, ...], str]:
+        """Where the config took text from the environment, and how it is written there; see secrets."""
+        return self._from_environment
 
     @property
     def online(self) -> bool:

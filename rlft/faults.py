@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from safetensors.torch import save_file
 
 from rlft.checkpoint import disk_errors
+from rlft.secrets import hidden
 from rlft.stepper import Skipped
 from rlft.track import append_line, prompt_of
 from rlft.types import Group, RunError, Trajectory
@@ -49,7 +50,7 @@ class Faults:
         """One line in failures.jsonl; tell: one for the terminal too."""
         row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": self.step, "fault": fault, **more}
         if self._folder is not None:
-            append_line(self._folder / FILE, json.dumps(row, ensure_ascii=False, default=str))
+            append_line(self._folder / FILE, hidden(json.dumps(row, ensure_ascii=False, default=str)))
         self._tell(tell)
 
     def _tell(self, said: str) -> None:

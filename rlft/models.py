@@ -46,10 +46,21 @@ def locate(name: str, base: Path | None = None) -> Path:
         return _tiny_model()
     for folder in (Path(name), (base or Path()) / name):
         if (folder / "config.json").is_file():
+            refuse_pickled(folder, "model.path")
             return folder.resolve()
     if name.startswith((".", "/", "~")) or Path(name).exists():
         raise InputError(f"model.path: {name!r} is not a model folder: there is no config.json in it")
     return _from_hub(name)
+
+
+def refuse_pickled(folder: Path, key: str) -> None:
+    """Raise InputError where the weights in a folder are pickles alone: reading one runs what stands in it."""
+    pickled = [path.name for ending in ("bin", "pt", "pth", "pkl") for path in folder.glob(f"*.{ending}")]
+    if pickled and not list(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{key}: the weights in {folder} are pickled ({sorted(pickled)[0]}), and rlft reads no pickle. Load them "
+            "once where you trust them and save them again: save_pretrained writes safetensors"
+        )
 
 
 def _tiny_model() -> Path:

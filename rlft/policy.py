@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rlft.allocation import stepped, uncut
+from rlft.models import refuse_pickled
 from rlft.swap import Swap
 from rlft.types import InputError
 
@@ -190,7 +191,9 @@ class Policy:
     def load(self, path: Path) -> Any:
         """A model of transformers in this policy's dtype. Raises InputError."""
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=self.dtype, trust_remote_code=self._remote)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=self.dtype, trust_remote_code=self._remote, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             raise InputError(f"model.path: {path} does not load as a causal language model: {error}") from error
         model.config.use_cache = False
@@ -202,6 +205,7 @@ class Policy:
         saved = adapter["type"] == "saved"
         try:
             if saved:
+                refuse_pickled(Path(adapter["path"]), "adapter.path")
                 model = PeftModel.from_pretrained(base, adapter["path"], is_trainable=True)
             else:
                 model = get_peft_model(base, peft_config(adapter))

@@ -21,7 +21,7 @@ from rlft.faults import Faults
 from rlft.hooks import Around, run_folder
 from rlft.lock import FILE as LOCK
 from rlft.lock import refuse_in_use, sole_writer
-from rlft.settings import dump, load
+from rlft.settings import dump, load, shown
 from rlft.terminal import Terminal
 from rlft.track import Record, trackers
 from rlft.trainer import Run, train
@@ -117,7 +117,7 @@ def _run(session: Coroutine[Any, Any, int]) -> int:
 async def _session(stuff: Material, folder: Path, newest: int | None, terminal: Terminal) -> int:
     config = stuff.config
     signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's own would wait until all is loaded
-    kept = trackers(config.track, config.name, folder, config.model_dump(mode="json"))
+    kept = trackers(config.track, config.name, folder, shown(config))
     record = Record(folder, kept)
     faults = Faults(folder, config.faults, terminal.say)
     parts: Parts | None = None

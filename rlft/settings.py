@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from rlft import secrets
 from rlft.config import Config
 from rlft.types import InputError
 
@@ -29,7 +30,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise InputError(f"{path}: there is no such config file{hint}")
     try:
-        read = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        read = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: this is not readable as YAML: {error}") from error
     if not isinstance(read, dict):
@@ -37,8 +38,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     plain: dict[str, Any] = {str(key): value for key, value in read.items()}
     for override in overrides:
         plain = _override(plain, override)
+    secrets.refuse_written(plain)
+    names = secrets.named(plain)
+    plain = _resolved(plain, path)
+    secrets.remember(names, plain)
     _anchor(plain, path.resolve().parent)
-    return validate(plain)
+    config = validate(plain)
+    config.from_environment.update(names)
+    return config
 
 
 def validate(plain: Mapping[str, Any]) -> Config:
@@ -46,12 +53,29 @@ def validate(plain: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(plain)
     except ValidationError as error:
-        raise InputError("\n".join(dict.fromkeys(_explain(e, plain) for e in error.errors()))) from error
+        raise InputError(
+            secrets.hidden("\n".join(dict.fromkeys(_explain(e, plain) for e in error.errors())))
+        ) from error
 
 
 def dump(config: Config) -> str:
     """The resolved config as YAML, defaults filled in; `load` of it gives the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(shown(config), sort_keys=False, allow_unicode=True)
+
+
+def shown(config: Config) -> dict[str, Any]:
+    """The resolved config as plain values; text from the environment is the name of its variable."""
+    return secrets.veiled(config.model_dump(mode="json"), config.from_environment)
+
+
+def _resolved(plain: dict[str, Any], path: Path) -> dict[str, Any]:
+    """With what `${...}` stands for."""
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise InputError(f"{path}: a ${{...}} in it stands for nothing: {error}") from error
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
 
 
 def _override(plain: dict[str, Any], text: str) -> dict[str, Any]:
@@ -62,7 +86,7 @@ def _override(plain: dict[str, Any], text: str) -> dict[str, Any]:
     try:
         change = OmegaConf.from_dotlist([text])
         _drop_other_type(plain, change, key.strip().split("."))
-        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(plain), change), resolve=True)
+        merged = OmegaConf.to_container(OmegaConf.merge(OmegaConf.create(plain), change))
     except (OmegaConfBaseException, yaml.YAMLError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{text!r}: this override does not fit the config: {error}") from error
     assert isinstance(merged, dict)

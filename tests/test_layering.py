@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # learning
     "swap": set(),
     "allocation": set(),
-    "policy": {"allocation", "swap"},
+    "policy": {"allocation", "models", "swap"},
     "reference": {"policy", "swap"},
     "ranks": set(),
     "forward": {"policy", "batch", "prefix", "packing", "kernels", "algorithms.base"},
@@ -82,9 +82,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config_data": {"peek"},
     "config_agents": {"config_data"},
     "config": {"allocation", "config_agents", "config_data", "algorithms.catalog", "rewards.catalog", "envs.catalog"},
-    "settings": {"config"},
+    "secrets": set(),
+    "settings": {"config", "secrets"},
     "terminal": set(),
-    "faults": {"checkpoint", "stepper", "track", "whole"},
+    "faults": {"checkpoint", "secrets", "stepper", "track", "whole"},
     "hooks": {"agents", "batch", "build", "chance", "checkpoint", "faults", "terminal", "track", "evaluate"},
     "unfit": {"config", "data", "rewards.base"},
     "build": {ANYTHING},
@@ -112,7 +113,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tables": set(),
     "pairs": {"build", "checkpoint", "session", "settings", "whole"},
     "doctor": {"engine.vllm", "lock", "models", "checkpoint", "environment", "session"},
-    "cli": {"session", "settings", "plan", "after", "doctor", "terminal", "pairs", "replay", "explain", "tables"},
+    "cli": {
+        "secrets",
+        "session",
+        "settings",
+        "plan",
+        "after",
+        "doctor",
+        "terminal",
+        "pairs",
+        "replay",
+        "explain",
+        "tables",
+    },
 }
 
 # Catalog names that are ordinary English besides, so that rlft/ may use them as words.

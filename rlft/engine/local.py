@@ -38,7 +38,9 @@ class LocalEngine:
     ) -> None:
         from transformers import AutoModelForCausalLM
 
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
         self._model = loaded.to(device).eval()
         self._model.requires_grad_(False)
         self._tokenizer = tokenizer
