@@ -41,6 +41,7 @@ def drawn(trajectory):
     return random.gauss(0, 1) + np.random.randn() + random.random()
 '''
 WIDTH = 32  # bytes of the file in which a run notes its phase
+UNKNOWN = "not noted"  # the phase of a program that is rlft itself
 STOPWATCH = ("time/", "sync/seconds")  # what may differ between two runs: the clock
 PHASES = ("evaluating", "syncing", "sampling", "learning", "recording")  # beside loading and saving
 
@@ -71,7 +72,7 @@ class Server:
 
     def program(self, *arguments: object, noting: bool = False) -> Life:
         """The same as a program of its own, which imports everything itself. noting: it says its phases too."""
-        self._notes().write_bytes(b"\0" * WIDTH)
+        self._notes().write_bytes((b"" if noting else UNKNOWN.encode()).ljust(WIDTH, b"\0"))
         how = [__file__, "once", str(self._notes())] if noting else ["-m", "rlft.cli"]
         with open(self._log, "wb") as out:
             command = [sys.executable, *how, *map(str, arguments)]

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from rlft.checkpoint import Checkpoints
 from rlft.lock import FILE
 from rlft.whole import scraps
-from tests.killing import PHASES, Life, Server, assert_same, family, rows
+from tests.killing import PHASES, UNKNOWN, Life, Server, assert_same, family, rows
 from tests.test_resume import CASES, write
 
 LONG = bool(os.environ.get("RLFT_CAMPAIGN"))
@@ -103,7 +103,8 @@ class Campaign:
         before = Checkpoints(run / "checkpoints", 2).latest() or 0
         life = self._go_on(config, run)
         begun = _when_begun(run, life)
-        aim = self._chance.choice([None, "checkpoints", "anywhere", self._chance.choice(PHASES)])
+        aims = [None, "checkpoints", "anywhere", self._chance.choice(PHASES)]
+        aim = self._chance.choice(aims[:3] if self._server.phase() == UNKNOWN else aims)
         moment = begun + self._chance.random() * lasts * (1.0 if aim is None else 0.8)
         after = self._chance.random() * 0.003
 
