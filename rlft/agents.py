@@ -21,6 +21,7 @@ from rlft.algorithms.base import Algorithm
 from rlft.batch import Batch
 from rlft.engine.base import Engine, Weights
 from rlft.learner import Learner
+from rlft.parity import Mismatch
 from rlft.policy import Policy
 from rlft.swap import Swap
 from rlft.sync import Report, Sync, cold
@@ -40,6 +41,7 @@ class Agents:
         first = dict(policy.trainable())
         copies = ({name: nn.Parameter(p.detach().clone()) for name, p in first.items()} for _ in range(count - 1))
         self._swaps = [Swap(policy.model, values) for values in (first, *copies)]
+        self._learned: dict[int, dict[str, float]] = {}  # agents that are done, where another's update is begun again
         self.learners: list[Learner] = self.each(lambda _: make())
 
     @contextmanager
@@ -66,9 +68,16 @@ class Agents:
 
         def learn(agent: int) -> dict[str, float]:
             own = (batch.agent == agent).nonzero().flatten()
-            return self.learners[agent].update(batch.rows(own), algorithm)
+            if agent not in self._learned:
+                try:
+                    self._learned[agent] = self.learners[agent].update(batch.rows(own), algorithm)
+                except Mismatch as error:
+                    error.agent = agent
+                    raise
+            return self._learned[agent]
 
         found = self.each(learn)
+        self._learned = {}
         own = {f"agent/{agent}/{name}": value for agent, one in enumerate(found) for name, value in one.items()}
         return together(found) | own
 

@@ -13,6 +13,7 @@ from rlft.algorithms.catalog import AlgorithmConfig
 from rlft.allocation import ranks_problem
 from rlft.config_agents import Agents, agents_problem
 from rlft.config_data import Block, Data
+from rlft.config_parity import Parity
 from rlft.envs.catalog import EnvConfig, SingleTurnConfig
 from rlft.rewards.catalog import RewardConfig
 
@@ -220,6 +221,7 @@ class Config(Block):
     learner: Learner = Learner()
     reference: Reference = Reference()
     sync: Sync = Sync()
+    parity: Parity = Parity()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     faults: Faults = Faults()

@@ -19,12 +19,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlft.algorithms.base import Algorithm, Metrics, Need, Outputs, Owned, Stat, mean, mean_score, merge, peak
+from rlft.algorithms.base import Algorithm, Metrics, Need, Outputs, Owned, mean_score, merge
 from rlft.batch import Batch, place
 from rlft.forward import Forward
 from rlft.kernels import FastLinear
 from rlft.own import SecondAdapter, own_parameters
 from rlft.packing import most
+from rlft.parity import Gate, Mismatch, bounds_of, gaps
 from rlft.policy import Policy
 from rlft.ranks import add_gradients, filled, gather, share, world
 from rlft.reference import Reference
@@ -41,7 +42,7 @@ class Learner:
     temperature: what the rollouts were sampled at; logits are divided by it. dropout: leave it on where the model or
     the adapter has any; off for samples of the policy, whose log-probs would be those of another one.
     owned: what the algorithm has beside the policy. teacher: a frozen model to learn from. reference: one that follows
-    the policy; without it, the policy before training.
+    the policy; without it, the policy before training. gate: of parity with the engine; it is open to begin with.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Learner:
         self.own = own_parameters(owned, policy)
         self.teacher = teacher
         self.reference = reference
+        self.gate = Gate(bounds_of(policy.dtype))
         head = self.own["head"] if owned.head else None
         headed = Forward(policy, temperature, head, owned.detached, schedule.packing)
         self.second = SecondAdapter(policy, self.own["adapter"], headed) if owned.adapter else None
@@ -117,9 +119,11 @@ class Learner:
             return {"tokens/trained": 0.0, "learner/lr": rate, **self._refreshed()}
         batch = self.credited = algorithm.credit(self.fill(batch, algorithm.needs))
         losses, norms, parts, trained, rate, count = [], [], [], 0, 0.0, 0
-        newest: int | None = int(batch.version.max())
+        newest, shuffling = _newest(batch, algorithm), self.generator.get_state()
         for step in map(partial(self._prepared, algorithm=algorithm), self._cut(batch, algorithm.unit)):
             loss, metrics, tokens = self._accumulate(step, algorithm, newest)
+            if math.isfinite(loss):
+                self._hold(metrics, step, newest, shuffling)
             rate, count, newest = self.stepper.rate, count + 1, None
             taken = self.stepper.take(loss)
             if taken.skipped:
@@ -144,6 +148,18 @@ class Learner:
             **({"learner/skipped": float(len(self.skipped))} if self.skipped else {}),
             **{name: stat.value for name, stat in merge(parts).items()},
         }
+
+    def _hold(self, parts: list[Metrics], step: Batch, newest: int | None, shuffling: Tensor) -> None:
+        """The parity gate before the first optimizer step; where it raises, the same update can be begun again."""
+        if newest is None or newest < self.scheduler.last_epoch // (self.schedule.epochs * self.schedule.minibatches):
+            return  # also where the weights have moved on since the newest row was sampled
+        try:
+            self.gate(merge(parts), step)
+        except Mismatch:
+            self.stepper.forget()
+            self.generator.set_state(shuffling)
+            raise
+        self.gate.passed(self.policy)
 
     def gradients(self, batch: Batch, algorithm: Algorithm) -> dict[str, Tensor]:
         """The gradient of the whole batch as one optimizer step, which is not taken."""
@@ -276,7 +292,7 @@ class Learner:
         with self._products():
             outputs = self._outputs(part, algorithm)
             metrics = algorithm.loss(outputs, part)[1]
-        return {**metrics, **(_parity(outputs, part, int(batch.version.max())) if algorithm.vocabulary else {})}
+        return {**metrics, **gaps(outputs, part, _newest(batch, algorithm), self.gate.bounds)}
 
     def _accumulate(self, batch: Batch, algorithm: Algorithm, newest: int | None) -> tuple[float, list[Metrics], int]:
         """Add up the gradient of one optimizer step over its micro-batches.
@@ -295,8 +311,7 @@ class Learner:
                 continue
             loss, metrics, outputs = self._backward(part, algorithm)
             total += loss
-            parity = _parity(outputs, part, newest) if newest is not None and algorithm.vocabulary else {}
-            parts.append({**metrics, **parity})
+            parts.append({**metrics, **gaps(outputs, part, newest, self.gate.bounds)})
             trained += int(part.mask.sum())
         if self.stepper.alone:
             for _, p in self.policy.trainable():
@@ -360,21 +375,9 @@ def _moves(batch: Batch, unit: int) -> Tensor:
     return moving.repeat_interleave(unit).nonzero().flatten()
 
 
-def _parity(outputs: Outputs, batch: Batch, newest: int) -> Metrics:
-    """How far the learner's log-probs are from the rollout's, before the first step on them.
-
-    Rows of an older version differ because the weights moved on, and are reported apart.
-    """
-    known = batch.mask & torch.isfinite(batch.logprobs)
-    fresh = known & (batch.version == newest)[:, None]
-    gap = (outputs.logprobs.detach() - batch.logprobs).abs()
-    stale = known & ~fresh
-    found: dict[str, Stat] = {}
-    if fresh.any():
-        found |= {"parity/logprob_max": peak(gap, fresh), "parity/logprob_mean": mean(gap, fresh)}
-    if stale.any():
-        found |= {"parity/stale_logprob_max": peak(gap, stale), "parity/stale_logprob_mean": mean(gap, stale)}
-    return found
+def _newest(batch: Batch, algorithm: Algorithm) -> int | None:
+    """The version of the newest rows, which parity is measured on; None where no log-probs are made."""
+    return int(batch.version.max()) if algorithm.vocabulary else None
 
 
 def _zero_groups(batch: Batch) -> float:

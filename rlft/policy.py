@@ -170,7 +170,7 @@ class Policy:
             if "base_layer." not in n and "original_module." not in n
         }
         names = ((n, p) for n, p in self.causal_lm.named_parameters() if id(p) not in inner)
-        return {_unwrapped(name): p.detach() for name, p in names}
+        return {unwrapped(name): p.detach() for name, p in names}
 
     def save_adapter(self, folder: Path) -> None:
         """The adapter in PEFT's format; without an adapter the whole model, both as safetensors."""
@@ -227,7 +227,7 @@ class Policy:
 
     def _base_now(self) -> dict[str, tuple[float, float]]:
         """Fingerprints of the wrapped base under its names before wrapping."""
-        return {_unwrapped(name.removeprefix("base_model.model.")): m for name, m in fingerprint(self.model).items()}
+        return {unwrapped(name.removeprefix("base_model.model.")): m for name, m in fingerprint(self.model).items()}
 
 
 def peft_config(adapter: dict[str, Any]) -> Any:
@@ -276,7 +276,7 @@ def _refuse_kind(key: str, hint: Any, value: Any) -> None:
 _WRAPPERS = {"base_layer", "original_module", "token_adapter"}
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
     """A parameter's name without the wrappers that PEFT puts around its module, nested ones included."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import rlft.chance as chance
+from rlft.agents import Agents, Seat, learners
 from rlft.build import Material, Parts, assemble, material
+from rlft.case import Case
+from rlft.causes import diagnose
+from rlft.chat import Chat
 from rlft.checkpoint import Checkpoints, restore
 from rlft.config import Config
 from rlft.environment import FILE as ENVIRONMENT
@@ -21,11 +25,12 @@ from rlft.faults import Faults
 from rlft.hooks import Around, run_folder
 from rlft.lock import FILE as LOCK
 from rlft.lock import refuse_in_use, sole_writer
+from rlft.parity import Gate, Mismatch, bounds_of
 from rlft.settings import dump, load, shown
 from rlft.terminal import Terminal
 from rlft.track import Record, trackers
 from rlft.trainer import Run, train
-from rlft.types import InputError, RunError
+from rlft.types import Group, InputError, RunError, Sampling
 from rlft.whole import replacing, scraps, sweep
 
 STOPPED = 130
@@ -135,6 +140,7 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
         note(folder, config, start)
         around = Around(parts, record, checkpoints, terminal)
         run = Run(config.steps, parts.source, stuff.algorithm, parts.trainee, _sync(parts), around)
+        run.differs = _gated(parts, terminal)
         try:
             with _interruptible(run.stop, terminal):
                 await train(run, start)
@@ -159,6 +165,34 @@ def _sync(parts: Parts) -> Callable:
         return {}
 
     return parts.serve if parts.source.online else nothing
+
+
+def _gated(parts: Parts, terminal: Terminal) -> Callable[[Mismatch, list[Group]], Awaitable[None]]:
+    """Close the gates; where engine and learner disagree, find the cause, then stop, or warn once and open them."""
+    stuff, trainee = parts.material, parts.trainee
+    draw, block = stuff.config.rollout.sampling, stuff.config.parity
+    for learner in learners(trainee):
+        learner.gate = Gate(bounds_of(parts.policy.dtype, **block.bounds), block.check, block.every)
+
+    def chats() -> dict[str, Chat]:
+        ways = {"the model's own template": "auto", "no template": "none"}
+        return {name: Chat(stuff.model, way, stuff.config.model.trust_remote_code) for name, way in ways.items()}
+
+    async def differs(found: Mismatch, chosen: list[Group]) -> None:
+        several = isinstance(trainee, Agents)
+        engine = parts.engine and (Seat(parts.engine, found.agent) if several else parts.engine)
+        acting = trainee.acting(found.agent) if isinstance(trainee, Agents) else contextlib.nullcontext()
+        with terminal.busy("engine and learner disagree: looking for the cause"), chance.undisturbed(), acting:
+            more = {"engine": engine, "sampling": Sampling(draw.temperature, draw.max_tokens), "groups": chosen}
+            case = Case.of(found, learners(trainee)[found.agent], chat=stuff.chat, chats=chats, **more)
+            text = await diagnose(found, case)
+        if block.check == "stop":
+            raise RunError(text)
+        for learner in learners(trainee):
+            learner.gate.check = "off"
+        terminal.say(text)
+
+    return differs
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Protocol
 from rlft.agents import Trainee
 from rlft.algorithms.base import Algorithm
 from rlft.batch import Batch
+from rlft.parity import Mismatch
 from rlft.source import Source
 from rlft.types import Group
 
@@ -31,9 +32,18 @@ class Hooks(Protocol):
         ...
 
 
+async def refused(found: Mismatch, chosen: list[Group]) -> None:
+    """A mismatch ends the run."""
+    raise found
+
+
 @dataclass
 class Run:
-    """What it takes to train. sync: brings the learner's weights of a version into the engine, and proves it."""
+    """What it takes to train. sync: brings the learner's weights of a version into the engine, and proves it.
+
+    differs: what to do when the learner's log-probs are not the engine's, and nothing was learned from them yet. It
+    raises, or opens the gate so that the run goes on.
+    """
 
     steps: int
     source: Source
@@ -41,6 +51,7 @@ class Run:
     learner: Trainee
     sync: Callable[[int], Awaitable[dict[str, float]]]
     hooks: Hooks
+    differs: Callable[[Mismatch, list[Group]], Awaitable[None]] = refused
     stopping: bool = False
     complete: int | None = None  # the step that learner and source stand after; None in the middle of one
     _drawing: asyncio.Task[list[Group]] | None = field(default=None, repr=False)
@@ -56,6 +67,15 @@ class Run:
             return []
         finally:
             self._drawing = None
+
+    async def learn(self, chosen: list[Group]) -> dict[str, float]:
+        """Update the learner; what to log."""
+        batch = Batch.of(chosen)
+        while True:
+            try:
+                return self.learner.update(batch, self.algorithm)
+            except Mismatch as found:
+                await self.differs(found, chosen)
 
     def stop(self) -> None:
         """End after the step that is being learned; a step that is still being sampled is not begun."""
@@ -78,7 +98,7 @@ async def train(run: Run, start: int = 0) -> None:
         drawn = time.perf_counter()
         algorithm = run.algorithm.at(run.learner.remembered)
         chosen = algorithm.select(groups) if run.source.selected is None else run.source.selected
-        metrics = {**run.source.metrics, **run.learner.update(Batch.of(chosen), run.algorithm)}
+        metrics = {**run.source.metrics, **await run.learn(chosen)}
         metrics["time/learn"] = time.perf_counter() - drawn
         metrics |= await run.sync(step)
         metrics["time/step"] = time.perf_counter() - begun
