@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -22,14 +26,18 @@ from rlft.batch import Batch
 from rlft.case import Case
 from rlft.causes import diagnose
 from rlft.chat import Chat
+from rlft.config import Config
 from rlft.engine.base import Full, Weights
 from rlft.engine.local import LocalEngine
 from rlft.engine.vllm import VllmEngine
 from rlft.learner import Learner, Schedule
 from rlft.parity import Bounds, Figures, Gate, Mismatch, bounds_of, gaps
 from rlft.policy import Policy
+from rlft.session import begin
+from rlft.settings import validate
 from rlft.sync import Sync
-from rlft.types import NAN, Completion, Group, Sample, Sampling, Task, Trajectory
+from rlft.terminal import Terminal
+from rlft.types import NAN, Completion, Group, RunError, Sample, Sampling, Task, Trajectory
 
 LORA = {"type": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 HOW = Sampling(temperature=0.7, max_tokens=12)
@@ -402,3 +410,74 @@ def test_no_false_alarm_in_200_steps(kind: str, dtype: str, tiny_model: Path, en
     asyncio.run(run())
     assert len(seen) == 200
     assert float((learner.logprobs(probe) - start).abs().nanmean()) > 0.3, "the weights really move"
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def toy(folder: Path, model: Path, **parity: Any) -> Config:
+    """A run of three steps that scores by chance."""
+    folder.mkdir()
+    (folder / "judge.py").write_text("def low(t):\n    return sum(map(ord, t.completion)) % 7 / 7\n")
+    tasks = [{"prompt": f"{question} {i}"} for i, question in enumerate(QUESTIONS * 2)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    return validate({
+        "name": "toy", "steps": 3, "out": str(folder / "run"), "model": {"path": str(model), "device": "cpu"},
+        "adapter": LORA, "data": {"train": str(folder / "train.jsonl")},
+        "reward": {"type": "custom", "path": "judge:low"}, "show": {"every": 0}, "learner": {"lr": 1e-3},
+        "rollout": {"engine": {"type": "local"}, "tasks_per_step": 2, "group_size": 4, "sampling": {"max_tokens": 8}},
+        "algorithm": {"type": "grpo"}, "checkpoint": {"every": 1}, "parity": parity,
+    })  # fmt: skip
+
+
+@pytest.fixture
+def hot_after_proofs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]:
+    """From the version in the list on, an engine that samples hotter than it is told, except in a sync's proof."""
+    since = [0]
+    inner = LocalEngine.generate
+
+    async def generate(self: LocalEngine, prompt: Sequence[int], sampling: Sampling) -> Completion:
+        hot = sampling.max_tokens > 2 and self.version >= since[0]
+        return await inner(self, prompt, replace(sampling, temperature=1.6) if hot else sampling)
+
+    monkeypatch.setattr(LocalEngine, "generate", generate)
+    monkeypatch.syspath_prepend(tmp_path / "toy")
+    yield since
+    sys.modules.pop("judge", None)
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "toy" / "run" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_run_stops_before_it_learns_from_the_wrong_policy(
+    tiny_model: Path, tmp_path: Path, hot_after_proofs: list[int]
+) -> None:
+    hot_after_proofs[0] = 1
+    config = toy(tmp_path / "toy", tiny_model)
+    with pytest.raises(RunError) as stopped:
+        begin(config, Terminal(Console(quiet=True)))
+    text = str(stopped.value)
+    assert "Cause: temperature. The engine's log-probs are those of temperature 1.6, the learner's of 1." in text
+    assert "rollout.sampling.temperature" in text
+    assert [row["step"] for row in steps_of(tmp_path)] == [1], "the healthy step is kept, the other one was not taken"
+    assert (tmp_path / "toy/run/checkpoints/step-000001").is_dir()
+    assert steps_of(tmp_path)[0]["parity/outliers"] == 0.0
+    assert 0 <= steps_of(tmp_path)[0]["parity/kl"] < 1e-6
+
+
+def test_a_run_that_only_warns_learns_as_one_that_does_not_look(
+    tiny_model: Path, tmp_path: Path, hot_after_proofs: list[int]
+) -> None:
+    found, said = [], []
+    for check in ("warn", "off"):
+        shutil.rmtree(tmp_path / "toy", ignore_errors=True)
+        config = toy(tmp_path / "toy", tiny_model, check=check)
+        out = io.StringIO()
+        assert begin(config, Terminal(Console(file=out, width=400))) == 0
+        said.append(out.getvalue().count("Cause: temperature."))
+        assert [row["parity/logprob_mean"] > 0.05 for row in steps_of(tmp_path)] == [True] * 3
+        found.append(load_file(tmp_path / "toy/run/checkpoints/step-000003/trained.safetensors"))
+    assert said == [1, 0], "once, not at every step"
+    assert all(torch.equal(p, found[1][name]) for name, p in found[0].items())
