@@ -22,9 +22,7 @@ from rlft.data import tasks as read_tasks
 from rlft.directions import directed
 from rlft.draws import demonstrated, hinted
 from rlft.engine.base import Engine
-from rlft.engine.local import LocalEngine
-from rlft.engine.vllm import VllmEngine
-from rlft.engine.worker import in_worker
+from rlft.engine.restart import Restarting
 from rlft.evaluate import Evaluation
 from rlft.faults import Faults
 from rlft.generated import sums
@@ -33,9 +31,11 @@ from rlft.learner import Learner, Schedule
 from rlft.models import locate
 from rlft.player import Cast, Player
 from rlft.policy import Policy, device_of, dtype_of, peft_config
+from rlft.recover import surviving
 from rlft.reference import Reference
+from rlft.serving import refuse_options, start_engine
 from rlft.source import Recorded, Refilled, Rollouts, Source
-from rlft.sync import Sync, adapter_rank, refuse_hot_loading
+from rlft.sync import Sync, refuse_hot_loading
 from rlft.types import Draw, Group, InputError, Reward, Sampling, Task
 from rlft.unfit import refuse_rows, refuse_unfit, refuse_unjudged, refuse_unknown
 
@@ -90,8 +90,9 @@ class Parts:
         """Bring version `version` into the engine, unless it is there; the sync's metrics."""
         if self.sync is None or self.served == version:
             return {}
+        self.served, sync = None, self.sync
         with undisturbed():
-            report = await self.sync(self.learner.weights(), version)
+            report = await surviving(lambda: sync(self.learner.weights(), version))
         self.served = version
         return {
             "sync/version": float(version),
@@ -100,6 +101,12 @@ class Parts:
             "time/sync": report.seconds,
             "time/prove": report.prove_seconds,
         }
+
+    async def refill(self) -> None:
+        """Bring what a lost engine served into the one that was started in its place."""
+        version, self.served = self.served, None
+        if version is not None:
+            await self.serve(version)
 
     async def close(self) -> None:
         """Leave nothing behind."""
@@ -112,7 +119,7 @@ class Parts:
 def material(config: Config) -> Material:
     """Read and check data, template and lengths. Raises InputError."""
     if isinstance(config.rollout.engine, Vllm):
-        _refuse_options(config.rollout.engine)
+        refuse_options(config.rollout.engine)
     algorithm = config.algorithm.build()
     if config.reference.every and "ref_logprobs" not in algorithm.needs:
         raise InputError(
@@ -206,7 +213,9 @@ def assemble(stuff: Material, log: Path | None, faults: Faults | None = None) ->
     if not stuff.needs_engine:
         return parts
     # The last thing that can fail: what follows only connects, so that no engine is left without anybody to close it.
-    parts.engine = engine = start_engine(stuff, policy, kind, log)
+    parts.engine = engine = start_engine(stuff, policy, kind, log, faults)
+    if isinstance(engine, Restarting):
+        engine.refill = parts.refill
     proof = replace(sampling, temperature=_temperature(config))
     how = "adapter" if kind == "adapter" else "merged"
     said = {"kind": how, "prompts": prompts, "sampling": proof, "deterministic": config.rollout.deterministic}
@@ -248,30 +257,6 @@ def frozen_model(path: str, policy: Policy) -> torch.nn.Module:
     return model
 
 
-def start_engine(stuff: Material, policy: Policy, kind: str, log: Path | None) -> Engine:
-    """The engine of the config, serving the policy's model before training."""
-    block = stuff.config.rollout.engine
-    if isinstance(block, Local):
-        remote = stuff.config.model.trust_remote_code
-        limit = block.max_sequences
-        return LocalEngine(stuff.model, policy.dtype, policy.device, limit, stuff.chat.tokenizer, remote)
-    settings: dict[str, Any] = {
-        "model": stuff.model,
-        "dtype": policy.dtype,
-        "context": stuff.context,
-        "max_sequences": block.max_sequences,
-        "cache_gb": block.cache_gb,
-        "memory_fraction": block.memory_fraction or (0.4 if policy.device.type == "cuda" else None),
-        "lora_rank": adapter_rank(policy) if kind == "adapter" else 0,
-        "agents": stuff.config.agents.count,
-        "reference": any(draw.reference for draw in stuff.algorithm.draws),
-        "seed": stuff.config.seed,
-        "log": log,
-        "options": {"trust_remote_code": stuff.config.model.trust_remote_code, **block.options},
-    }
-    return VllmEngine(**settings) if block.place == "here" else in_worker(VllmEngine, **settings)
-
-
 def sync_kind(config: Config, policy: Policy, reference: bool = False) -> str:
     """merged or adapter; auto is merged on a CPU, whose adapter kernels are slow, and wherever it must be.
 
@@ -296,17 +281,6 @@ def sync_kind(config: Config, policy: Policy, reference: bool = False) -> str:
     except InputError:
         return "merged"
     return "adapter"
-
-
-def _refuse_options(block: Vllm) -> None:
-    """Options that would break what the run proves."""
-    kept = {"logprobs_mode", "model", "dtype", "tensor_parallel_size", "pipeline_parallel_size", "quantization"}
-    kept |= {"data_parallel_size", "max_model_len", "max_num_seqs", "seed", "enable_lora", "max_lora_rank"}
-    for name in block.options:
-        if name in kept and block.options[name] not in (None, 1):
-            raise InputError(
-                f"rollout.engine.options.{name}: rlft sets this itself, since its proofs of each sync depend on it"
-            )
 
 
 def _directed(config: Config, tasks: list[Task]) -> list[Task]:

@@ -57,6 +57,9 @@ class Vllm(Block):
 
     type: Literal["vllm"] = "vllm"
     place: Literal["here", "worker"] = Field(default="here", description="in this process, or in one of its own")
+    patience: float = Field(
+        default=120.0, ge=3, description="worker: seconds without a sign of life or of progress before it is replaced"
+    )
     context: int | None = Field(
         default=None, ge=2, description="most tokens of prompt and completion; default: what is needed"
     )
@@ -70,6 +73,10 @@ class Local(Block):
     """transformers: slower, runs any model."""
 
     type: Literal["local"] = "local"
+    place: Literal["here", "worker"] = Field(default="here", description="in this process, or in one of its own")
+    patience: float = Field(
+        default=120.0, ge=3, description="worker: seconds without a sign of life or of progress before it is replaced"
+    )
     context: int | None = Field(
         default=None, ge=2, description="most tokens of prompt and completion; default: what is needed"
     )
@@ -188,6 +195,7 @@ class Faults(Block):
     reward: float = Field(
         default=0.25, ge=0, le=1, description="share of a step's trajectories on which the reward may fail"
     )
+    restarts: int = Field(default=3, ge=0, description="how often a worker engine that is lost is started again")
     skipped: int = Field(
         default=3, ge=0, description="optimizer steps in a row that may be skipped, their loss or gradient not finite"
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from rlft.player import Player, derive_seed
+from rlft.recover import surviving
 from rlft.rollout import rollout
 from rlft.types import Group, Reward, Task
 
@@ -43,7 +44,7 @@ class Evaluation:
             metrics[f"eval/pass@{self.samples}"] = sum(solved) / len(solved)
             seconds += clock.generate + clock.reward
         if self.deterministic:
-            await self.player.engine.forget()
+            await surviving(self.player.engine.forget)
         return metrics | {"time/eval": seconds}, groups
 
 

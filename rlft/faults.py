@@ -57,6 +57,10 @@ class Faults:
         if said and self._say is not None:
             self._say(said)
 
+    def untracked(self, name: str, why: str) -> None:
+        """A tracker failed; the run goes on without it."""
+        self.note("tracker", f"track: {name} failed ({why}); the run goes on without it", tracker=name, said=why)
+
     def sampled(self, groups: Sequence[Group]) -> None:
         """Write down where rewards failed. Raises RunError where that is too large a share of the trajectories."""
         failed, n = self._judged(groups), sum(map(len, groups))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from rlft.draws import further, waits, wanted
 from rlft.player import Player, derive_seed
+from rlft.recover import surviving
 from rlft.types import Draw, Group, Reward, Task, Trajectory
 
 
@@ -31,7 +32,14 @@ async def rollout(
     """Play every task `group_size` times and score each group as soon as it is complete, in the tasks' order.
 
     draws: further members of each group. Those that wait for the group's own scores are scored after them, together.
+    Where the engine is lost on the way and can be started again, all is played again: the same prompts and seeds.
     """
+    return await surviving(lambda: _played(player, reward, tasks, group_size, seed, draws))
+
+
+async def _played(
+    player: Player, reward: Reward, tasks: Sequence[Task], group_size: int, seed: int, draws: Sequence[Draw]
+) -> tuple[list[Group], Clock]:
     begun = time.perf_counter()
     ended = begun
     busy = 0.0

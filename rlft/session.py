@@ -123,8 +123,8 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
     config = stuff.config
     signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's own would wait until all is loaded
     kept = trackers(config.track, config.name, folder, shown(config))
-    record = Record(folder, kept)
     faults = Faults(folder, config.faults, terminal.say)
+    record = Record(folder, kept, faults.untracked)
     parts: Parts | None = None
     try:
         with terminal.busy("loading the policy and starting the engine"):

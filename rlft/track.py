@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +77,21 @@ def _by_agent(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 class Record:
-    """Writes into a run's folder: whole lines, whole files."""
+    """Writes into a run's folder: whole lines, whole files. lost: is told which tracker failed, and why."""
 
-    def __init__(self, folder: Path, trackers: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, folder: Path, trackers: Sequence[Any] = (), lost: Callable[[str, str], None] = lambda name, why: None
+    ) -> None:
         self.folder = folder
-        self._trackers = trackers
+        self._trackers = list(trackers)
+        self._lost = lost
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl. A line that cannot be written whole is not written."""
         row = {"step": step} | {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         append_line(self.folder / "metrics.jsonl", json.dumps(row))
-        for tracker in self._trackers:
-            tracker.log({k: v for k, v in values.items() if math.isfinite(v)}, step=step)
+        finite = {k: v for k, v in values.items() if math.isfinite(v)}
+        self._tell(lambda tracker: tracker.log(finite, step=step))
 
     def cut(self, step: int) -> None:
         """Drop what was recorded after `step`, whose steps will be taken again, and half a line that a kill left.
@@ -126,8 +129,16 @@ class Record:
 
     def close(self) -> None:
         """Let the trackers finish."""
-        for tracker in self._trackers:
-            tracker.finish()
+        self._tell(lambda tracker: tracker.finish())
+
+    def _tell(self, what: Callable[[Any], Any]) -> None:
+        """To every tracker. One that fails, whatever its library raises, is told nothing more and costs no run."""
+        for tracker in tuple(self._trackers):
+            try:
+                what(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                self._lost(str(getattr(tracker, "name", type(tracker).__name__)), f"{type(error).__name__}: {error}")
 
 
 def append_line(path: Path, line: str) -> None:

@@ -8,7 +8,7 @@ A preference pair is a group of two with scores 1 and 0, a demonstration a group
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -23,6 +23,16 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The run cannot go on: a proof failed, rewards fail, a disk is full. The message says what to do next."""
+
+
+class EngineLost(RunError):
+    """The process that an engine lives in died, or stopped answering.
+
+    recover: starts another, and brings the weights into it that the lost one served; it raises RunError where that is
+    not to be had any more. None where nobody would.
+    """
+
+    recover: Callable[[], Awaitable[None]] | None = None
 
 
 def least(level: float) -> float:

@@ -4,8 +4,16 @@ disks that may not be written, trackers that are gone. What the run survives, an
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +24,19 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+import rlft.session as session
+from rlft.engine.local import LocalEngine
+from rlft.engine.worker import WorkerEngine
+from rlft.engine.worker import in_worker as engine_in_worker
 from rlft.faults import FILE
 from rlft.session import begin, resume
 from rlft.settings import validate
 from rlft.terminal import Terminal
-from rlft.types import RunError
+from rlft.types import Completion, EngineLost, RunError, Sampling
 
 REWARDS = '''
 """Graders with faults. `calls` is a file that counts, so that a fault comes at a certain call."""
-import pathlib, threading, time
+import pathlib, subprocess, time
 
 
 def low(trajectory):
@@ -53,6 +65,13 @@ def breaks(trajectory, calls, kinds):
     if kind == "hang":
         time.sleep(600)
     return {"nan": float("nan"), "inf": float("inf"), "text": "good", "none": None}.get(kind, low(trajectory))
+
+
+def turns_read_only(trajectory, calls, at, disk):
+    if count(calls) == at:
+        subprocess.run(["mount", "--bind", disk, disk], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+    return low(trajectory)
 '''
 Make = Callable[..., Any]
 
@@ -61,7 +80,9 @@ Make = Callable[..., Any]
 def one_thread() -> Iterator[None]:
     kept = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # workers inherit it
+        yield
     torch.set_num_threads(kept)
 
 
@@ -250,3 +271,233 @@ def test_held_out_answers_that_a_reward_fails_on_are_not_correct(make: Make, tmp
     assert (row["eval/accuracy"], row["eval/failed"], row["eval/missing"]) == (1, 2 / 5, 2 / 5)
     assert "the reward failed on 2 of 5 held-out answers" in said
     assert [(line["step"], line["evaluation"]) for line in failures(folder)] == [(1, True)] * 2
+
+
+# Engines.
+
+
+@pytest.fixture
+def strike(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, int], list[int]]:
+    """strike(method, number, signal): the worker is sent it 20 ms after the so-many-th call of that method went out.
+
+    -> the processes that were struck. number 0: every call.
+    """
+
+    def arm(method: str, number: int, what: int) -> list[int]:
+        plain, seen, struck = WorkerEngine._call, [], []
+
+        async def call(self: WorkerEngine, name: str, *arguments: Any) -> Any:
+            if name == method:
+                seen.append(name)
+                if number in (0, len(seen)):
+                    pid = self._process.pid
+                    assert pid is not None
+                    struck.append(pid)
+                    asyncio.get_running_loop().call_later(0.02, os.kill, pid, what)
+                    if number == 0 or method != "generate":  # an answer must not be faster
+                        os.kill(pid, signal.SIGSTOP if what == signal.SIGSTOP else what)
+            return await plain(self, name, *arguments)
+
+        monkeypatch.setattr(WorkerEngine, "_call", call)
+        return struck
+
+    return arm
+
+
+LOST = {"type": "local", "place": "worker"}
+
+
+def left_behind() -> set[str]:
+    """Folders of syncs, and processes of engines."""
+    kept = {path.name for place in ("/dev/shm", tempfile.gettempdir()) for path in Path(place).glob("rlft-*")}
+    return kept | {str(child.pid) for child in multiprocessing.active_children()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The run that nothing happens to; made when first asked for."""
+    return []
+
+
+@pytest.mark.parametrize(
+    ("method", "number", "what"),
+    [
+        pytest.param("generate", 4, signal.SIGSTOP, id="stopped in an evaluation"),
+        pytest.param("generate", 13, signal.SIGKILL, id="killed while a step is sampled"),
+        pytest.param("load_files", 2, signal.SIGKILL, id="killed while weights are loaded"),
+        pytest.param("read_back", 2, signal.SIGKILL, id="killed in a proof"),
+    ],
+)
+def test_a_lost_engine_is_replaced_and_the_run_is_the_undisturbed_one(
+    make: Make, tmp_path: Path, undisturbed: list[Path], strike: Any, method: str, number: int, what: int
+) -> None:
+    before = left_behind()
+    plain: dict[str, Any] = {"rollout__sampling__max_tokens": 60, "steps": 2, "eval__every": 1}
+    plain["data__eval"] = str(tmp_path / "train.jsonl")
+    if not undisturbed:
+        undisturbed.append(run(make(out=str(tmp_path / "undisturbed"), **plain))[0])
+    plain["rollout__engine"] = {"type": "local", "place": "worker", "patience": 3.0}
+    struck = strike(method, number, what)
+    folder, said = run(make(**plain))
+    assert len(struck) == 1
+    for part in ("trained", "optimizer"):
+        assert same(trained(folder, 2, part), trained(undisturbed[0], 2, part))
+    for kind in ("rollouts", "eval"):
+        for file in sorted((folder / kind).iterdir()):
+            other = pq.read_table(undisturbed[0] / kind / file.name)
+            assert repr(pq.read_table(file).to_pylist()) == repr(other.to_pylist())  # where NaN equals NaN
+    (line,) = failures(folder)
+    assert line["fault"] == "engine"
+    reason = "gave no sign of life for 3 s and was ended" if what == signal.SIGSTOP else "ended (exit code -9)"
+    assert f"the engine's process {reason}" in line["said"]
+    assert f"the engine's process {reason}: another is started" in said
+    assert left_behind() == before
+
+
+def test_an_engine_that_is_lost_again_and_again_ends_the_run(make: Make, strike: Any) -> None:
+    before = left_behind()
+    config = make(rollout__engine=LOST, faults__restarts=1)
+    struck = strike("load_files", 0, signal.SIGKILL)
+    with pytest.raises(RunError, match=r"exit code -9.*started again 1 times, and faults.restarts allows no more"):
+        run(config)
+    assert len(set(struck)) == 2
+    assert len(failures(Path(config.out))) == 1
+    assert left_behind() == before
+
+
+def test_a_long_generation_is_no_hang(tiny_model: Path) -> None:
+    """Many times the patience in one go, in which the worker's event loop never has its turn."""
+    settings = {"model": tiny_model, "dtype": torch.float32, "device": torch.device("cpu"), "max_sequences": 120}
+    engine = engine_in_worker(LocalEngine, patience=2.5, **settings)
+
+    async def ask() -> float:
+        samplings = [Sampling(max_tokens=480, seed=i) for i in range(120)]
+        begun = time.monotonic()
+        await asyncio.gather(*(engine.generate([5, 6, 7], sampling) for sampling in samplings))
+        seconds = time.monotonic() - begun
+        await engine.close()
+        return seconds
+
+    assert asyncio.run(ask()) > 5
+
+
+def test_an_engine_that_stands_still_in_one_call_is_ended() -> None:
+    """The process is alive, and says so; its main thread waits for something that never comes."""
+    stuck: Any = Stuck
+    engine = WorkerEngine(stuck, patience=2.0)
+
+    async def ask() -> None:
+        assert (await engine.generate([1], Sampling(max_tokens=1))).tokens == [1], "it works"
+        begun = time.monotonic()
+        with pytest.raises(EngineLost, match=r"stood still in one call for 2 s and was ended"):
+            await engine.generate([1], Sampling(max_tokens=2))
+        assert time.monotonic() - begun < 10
+        await engine.close()
+
+    asyncio.run(ask())
+    assert not engine._process.is_alive()
+
+
+class Stuck:
+    """An engine whose second kind of request waits for ever."""
+
+    version = 0
+
+    async def generate(self, prompt: list[int], sampling: Sampling) -> Completion:
+        if sampling.max_tokens > 1:
+            threading.Event().wait()
+        return Completion([1], [0.0], "stop", 0)
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.slow
+def test_a_lost_vllm_is_replaced_too(make: Make, tmp_path: Path, strike: Any) -> None:
+    before = left_behind()
+    plain = {"rollout__engine": {"type": "vllm", "place": "worker", "max_sequences": 8, "cache_gb": 0.1}, "steps": 2}
+    plain["rollout__sampling__max_tokens"] = 30
+    whole, _ = run(make(out=str(tmp_path / "undisturbed"), **plain))
+    struck = strike("generate", 14, signal.SIGKILL)
+    folder, _ = run(make(**plain))
+    assert len(struck) == 1
+    assert same(trained(folder, 2), trained(whole, 2))
+    assert [line["fault"] for line in failures(folder)] == ["engine"]
+    assert left_behind() == before
+
+
+# Trackers and disks.
+
+
+def test_a_tracker_that_fails_never_costs_the_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose server goes away at step 2, beside a tensorboard that stays."""
+    real = session.trackers
+
+    class Vanishing:
+        name = "vanishing"
+
+        def __init__(self, inner: Any) -> None:
+            self.inner, self.logged, self.finished = inner, [], False
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            self.logged.append(step)
+            if step == 2:
+                raise ConnectionError("the server is gone")
+            self.inner.log(values, step=step)
+
+        def finish(self) -> None:
+            self.finished = True
+
+    made: list[Any] = []
+
+    def trackers(*arguments: Any) -> list[Any]:
+        found = real(*arguments)
+        made.extend([Vanishing(found[0]), *found])
+        return made
+
+    monkeypatch.setattr(session, "trackers", trackers)
+    folder, said = run(make(track=["tensorboard"]))
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4]
+    assert made[0].logged == [1, 2]
+    assert not made[0].finished
+    (line,) = failures(folder)
+    assert (line["step"], line["fault"], line["tracker"]) == (2, "tracker", "vanishing")
+    assert said.count("track: vanishing failed (ConnectionError: the server is gone); the run goes on without it") == 1
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def remount(disk: str, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True)
+
+
+def test_a_folder_that_turns_read_only_ends_the_run_whole(make: Make, disk: Path, tmp_path: Path) -> None:
+    """In the reward's 20th call, in step 3; made writable again, the run goes on to its end.
+
+    The rollouts' folder alone: no file in it is open, as the system demands of what is to be read-only.
+    """
+    reward = grader("turns_read_only", calls=str(tmp_path / "calls"), at=20, disk=str(disk / "run/rollouts"))
+    with pytest.raises(OSError, match="Read-only file system"):
+        run(make(out=str(disk / "run"), reward=reward))
+    folder = disk / "run"
+    assert [row["step"] for row in rows(folder)] == [1, 2]
+    subprocess.run(["umount", "-l", str(folder / "rollouts")], check=True)
+    assert not scraps(folder)
+    assert resume(folder, [], Terminal(Console(quiet=True))) == 0
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4]
+    assert same(trained(folder, 4), trained(run(make(out=str(tmp_path / "undisturbed")))[0], 4))
+
+
+def test_a_read_only_disk_is_refused_at_the_start(make: Make, disk: Path) -> None:
+    remount(str(disk), "ro")
+    with pytest.raises(OSError, match="Read-only file system"):
+        run(make(out=str(disk / "run")))

@@ -47,9 +47,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"lock", "models", "swap"},
     "player": {"engine.base", "chat", "envs.base"},
     "draws": {"chat", "player"},
-    "rollout": {"player", "draws"},
+    "recover": {"chance"},
+    "rollout": {"player", "draws", "recover"},
     "source": {"player", "rollout"},
-    "evaluate": {"player", "rollout"},
+    "evaluate": {"player", "recover", "rollout"},
     # learning
     "swap": set(),
     "allocation": set(),
@@ -100,6 +101,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal": set(),
     "faults": {"checkpoint", "secrets", "stepper", "track", "whole"},
     "hooks": {"agents", "batch", "build", "chance", "checkpoint", "faults", "terminal", "track", "evaluate"},
+    "serving": {"build", "config", "engine", "faults", "policy", "sync"},
     "unfit": {"config", "data", "rewards.base"},
     "build": {ANYTHING},
     # what a command does
