@@ -149,7 +149,7 @@ def _load(folder: Path, base: str | None, device: str) -> Loaded:
     if f"{HEAD}weight" not in trained:
         raise InputError(f"the reward `model`: {folder} has no head: it is no reward model's checkpoint")
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
-    name = base or _base(folder)
+    name = base or base_of(folder)
     try:
         kind = torch.bfloat16 if where.type == "cuda" else torch.float32
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=kind, use_safetensors=True)
@@ -180,7 +180,7 @@ def _chat(folder: Path, base: str) -> Chat:
         raise InputError(f"the reward `model`: conversations cannot be read as in {folder}: {error}") from error
 
 
-def _base(folder: Path) -> str:
+def base_of(folder: Path) -> str:
     """The model that the checkpoint was trained on: as its adapter says, or its run's config."""
     adapter = folder / "adapter" / "adapter_config.json"
     if adapter.is_file():

@@ -13,6 +13,7 @@ from rlft.algorithms.catalog import AlgorithmConfig
 from rlft.allocation import ranks_problem
 from rlft.config_agents import Agents, agents_problem
 from rlft.config_data import Block, Data
+from rlft.config_memory import Memory
 from rlft.config_parity import Parity
 from rlft.envs.catalog import EnvConfig, SingleTurnConfig
 from rlft.rewards.catalog import RewardConfig
@@ -234,6 +235,7 @@ class Config(Block):
     checkpoint: Checkpoint = Checkpoint()
     faults: Faults = Faults()
     show: Show = Show()
+    memory: Memory = Memory()
     _from_environment: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
     track: tuple[str, ...] = Field(default=(), description=f"any of {', '.join(TRACKERS)}")
 

@@ -109,7 +109,7 @@ class Forward:
     def _outputs(self, batch: Batch, layout: Layout, model: Any, logits: bool, vocabulary: bool) -> Outputs:
         headed = self._head is not None and model is self._policy.model
         row, column = batch.mask.nonzero(as_tuple=True)
-        hidden, picked = _passed(model, layout, layout.cell[row, column - 1], vocabulary or not headed)
+        hidden, picked = passed(model, layout, layout.cell[row, column - 1], vocabulary or not headed)
         if picked is None:
             unknown = torch.zeros(batch.mask.shape, device=batch.mask.device).masked_fill(batch.mask, torch.nan)
             outputs = Outputs(unknown, unknown)
@@ -199,7 +199,7 @@ def _onto(mask: Tensor, values: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def _passed(model: Any, layout: Layout, picks: Tensor, vocabulary: bool) -> tuple[Tensor | None, Tensor | None]:
+def passed(model: Any, layout: Layout, picks: Tensor, vocabulary: bool) -> tuple[Tensor | None, Tensor | None]:
     """The last hidden state of every cell, and the logits at the picked ones; None for what is not there."""
     trunk = trunk_of(model)
     if trunk is None:

@@ -8,7 +8,7 @@ advantage, and no term that acts without one) are dropped before the forward pas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,7 @@ from rlft.batch import Batch, place
 from rlft.forward import Forward
 from rlft.kernels import FastLinear
 from rlft.own import SecondAdapter, own_parameters
-from rlft.packing import most
+from rlft.packing import cut
 from rlft.parity import Gate, Mismatch, bounds_of, gaps
 from rlft.policy import Policy
 from rlft.ranks import add_gradients, filled, gather, share, world
@@ -263,23 +263,9 @@ class Learner:
                     yield batch.rows((part[:, None] * unit + torch.arange(unit)).flatten().sort().values)
 
     def _micro(self, batch: Batch, unit: int) -> Iterator[Tensor]:
-        """Row numbers of micro-batches of at most `micro_tokens` computed tokens; a group and like lengths together."""
-        whole, groups, computed = batch.lengths.tolist(), batch.group.tolist(), self._computed(batch)
-        longest: dict[int, int] = {}
-        for group, length in zip(groups, whole, strict=True):
-            longest[group] = max(longest.get(group, 0), length)
-        starts = range(0, len(batch), unit)
-        order = sorted(starts, key=lambda i: (-longest[groups[i]], groups[i], -max(whole[i : i + unit])))
-        rows = [i for start in order for i in range(start, start + unit)]
-        while rows:
-            fits = partial(self._fits, computed, rows, unit)
-            some = unit * most(fits, len(rows) // unit)
-            yield torch.tensor(rows[:some])
-            rows = rows[some:]
-
-    def _fits(self, computed: Callable[[Sequence[int]], int], rows: list[int], unit: int, count: int) -> bool:
-        """The first `count` units make one micro-batch."""
-        return computed(rows[: count * unit]) <= self.schedule.micro_tokens
+        """Row numbers of micro-batches of at most `micro_tokens` computed tokens."""
+        whole, groups = batch.lengths.tolist(), batch.group.tolist()
+        return map(torch.tensor, cut(whole, groups, unit, self._computed(batch), self.schedule.micro_tokens))
 
     @torch.no_grad()
     def _glance(self, batch: Batch, algorithm: Algorithm) -> Metrics:

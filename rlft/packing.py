@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,6 +120,30 @@ def most(fits: Callable[[int], bool], count: int) -> int:
     return low
 
 
+def cut(
+    whole: Sequence[int], groups: Sequence[int], unit: int, computed: Callable[[Sequence[int]], int], budget: int
+) -> Iterator[list[int]]:
+    """Row numbers of micro-batches of at most `budget` computed tokens; a group and like lengths together.
+
+    whole: each row's tokens. computed: how many some rows take. `unit` neighbours are never parted, over budget or not.
+    """
+    longest: dict[int, int] = {}
+    for group, length in zip(groups, whole, strict=True):
+        longest[group] = max(longest.get(group, 0), length)
+    starts = range(0, len(whole), unit)
+    order = sorted(starts, key=lambda i: (-longest[groups[i]], groups[i], -max(whole[i : i + unit])))
+    rows = [i for start in order for i in range(start, start + unit)]
+    while rows:
+        some = unit * most(partial(_within, computed, rows, unit, budget), len(rows) // unit)
+        yield rows[:some]
+        rows = rows[some:]
+
+
+def _within(computed: Callable[[Sequence[int]], int], rows: list[int], unit: int, budget: int, count: int) -> bool:
+    """The first `count` units make one micro-batch."""
+    return computed(rows[: count * unit]) <= budget
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each token of a batch is computed: cell counts through `tokens` row by row; what padding has is not used.
@@ -198,6 +223,16 @@ def trunk_of(model: nn.Module) -> nn.Module | None:
     return below if isinstance(below, nn.Module) else None
 
 
+def apart(config: Any, shares: bool) -> bool:
+    """Whether a model's config lets rows be packed, with one prompt before several rows or not; `exact` measures it."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    if kinds - {"full_attention", "sliding_attention"} or getattr(text, "attention_chunk_size", None):
+        return False
+    return not (shares and (windowed or "sliding_attention" in kinds))
+
+
 def exact(trunk: Any, shares: bool) -> bool:
     """Whether packed rows come out as each row alone does, measured on three short rows that begin alike.
 
@@ -206,12 +241,7 @@ def exact(trunk: Any, shares: bool) -> bool:
     tokens, in the same shapes, so that the order of the sums stays too. Windows and chunks that short rows do not fill
     are read from the config. shares: with one prompt before all rows.
     """
-    config = trunk.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if kinds - {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
-        return False
-    if shares and (windowed or "sliding_attention" in kinds):
+    if not apart(trunk.config, shares):
         return False
     device = next(trunk.parameters()).device
     tokens = torch.tensor([[5, 6, 7, 8, 9, 0], [5, 6, 3, 0, 0, 0], [5, 6, 4, 2, 0, 0]], device=device)

@@ -11,7 +11,8 @@ from rlft.algorithms.catalog import entries
 from rlft.build import Material, material, served_model
 from rlft.config import Config, Local
 from rlft.envs.catalog import entries as envs
-from rlft.policy import peft_config
+from rlft.fits import described
+from rlft.footprint import adapted, bare
 from rlft.rewards.catalog import types
 from rlft.types import InputError
 
@@ -38,11 +39,13 @@ def describe(config: Config) -> str:
         f"gradients clipped at {config.learner.max_grad_norm:g}",
         "sync": _sync(stuff, device),
         "evaluation": _evaluation(stuff),
+        "memory": described(stuff),
         "kept": f"checkpoints every {config.checkpoint.every} steps, the newest {config.checkpoint.keep} and the best; "
         "metrics.jsonl and rollouts in Parquet" + (f"; {', '.join(config.track)}" if config.track else ""),
     }
     width = max(map(len, lines))
-    return "\n".join(f"{key:{width}}  {value}" for key, value in lines.items())
+    parts = ((key, [said] if isinstance(said, str) else said) for key, said in lines.items())
+    return "\n".join(f"{key if n == 0 else '':{width}}  {text}" for key, texts in parts for n, text in enumerate(texts))
 
 
 def catalog(what: str) -> dict[str, str]:
@@ -66,31 +69,15 @@ def _engines() -> list[Any]:
 
 def _parameters(stuff: Material) -> tuple[int, int, int]:
     """All, trained, and adapted layers, counted on a model without storage."""
-    from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     remote = stuff.config.model.trust_remote_code
-    shape = AutoConfig.from_pretrained(stuff.model, trust_remote_code=remote)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, trust_remote_code=remote)
-        total = sum(p.numel() for p in model.parameters())
-        settings = stuff.config.adapter.settings()
-        if settings is None:
-            return total, total, 0
-        if settings["type"] == "saved":
-            from peft import PeftConfig
-
-            wrapped = get_peft_model(model, PeftConfig.from_pretrained(settings["path"]))
-        else:
-            wrapped = get_peft_model(model, peft_config(_without_init(settings)))
+    model = bare(AutoConfig.from_pretrained(stuff.model, trust_remote_code=remote), remote)
+    total = sum(p.numel() for p in model.parameters())
+    wrapped = adapted(model, stuff.config.adapter.settings())
     trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     return total, trained, sum(isinstance(m, BaseTunerLayer) for m in wrapped.modules())
-
-
-def _without_init(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same adapter with PEFT's plain init: one that reads the base's weights cannot run without them."""
-    return {key: value for key, value in settings.items() if key != "init_lora_weights"}
 
 
 def _data(stuff: Material) -> str:

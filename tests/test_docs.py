@@ -31,7 +31,7 @@ from rlft.types import Sample, Task, Trajectory
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-MINE = ("index", "concepts", "algorithms", "configs", "environments", "troubleshooting", "faults")
+MINE = ("index", "concepts", "algorithms", "configs", "environments", "troubleshooting", "faults", "memory")
 PAGES = {name: (DOCS / f"{name}.md").read_text() for name in (*MINE, "rewards", "sync")}
 FAMILIES = "reward|completion|advantage|loss|learner|policy|kl|parity|tokens|sync|time|eval|value|preference|reference"
 

@@ -1,0 +1,242 @@
+"""The memory plan: exact where things can be counted, monotone where not, and near what a real run takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlft.afford import changed, cheapest
+from rlft.build import material
+from rlft.config import Config
+from rlft.fits import judged
+from rlft.footprint import Asked, Live, Rehearsal, Shape, adapted
+from rlft.forecast import Forecast, count, optimizer_bytes
+from rlft.forward import passed
+from rlft.heap import Heap
+from rlft.kernels import score
+from rlft.learner import Schedule
+from rlft.memory import Footprint, Process, Room, Term
+from rlft.packing import Layout
+from rlft.schedule import make_optimizer
+from rlft.session import begin, write_config
+from rlft.settings import validate
+from rlft.terminal import Terminal
+from rlft.types import InputError
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4}
+GPT2: dict[str, Any] = {"vocab_size": 97, "n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 128}
+KINDS = {
+    "llama": {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2},
+    "qwen2": {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2},
+    "mistral": {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2},
+    "gpt2": GPT2,
+}
+LORA = {"type": "lora", "r": 4, "target_modules": "all-linear"}
+ADAPTERS = {"lora": LORA, "dora": {**LORA, "use_dora": True}, "vera": {"type": "vera", "r": 8}, "none": None}
+
+
+def config_of(kind: str, **more: Any) -> Any:
+    """A small model's config."""
+    return AutoConfig.for_model(kind, **{**KINDS[kind], **more})
+
+
+def real(config: Any, settings: Any) -> Any:
+    """The same model with numbers."""
+    return adapted(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), settings)
+
+
+def size(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("adapter", ["lora", "dora", "none"])
+def test_weights_adapter_and_gradients_are_counted_as_they_are(kind: str, adapter: str) -> None:
+    config, settings = config_of(kind), ADAPTERS[adapter]
+    n = count(config, settings, torch.float32, cpu=True)
+    plain, model = real(config, None), real(config, settings)
+    assert n.weights == size(plain.parameters())
+    assert n.adapter == size(model.parameters()) - size(plain.parameters())
+    learned = [p for p in model.parameters() if p.requires_grad]
+    model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+    assert n.trained == size(p.grad for p in learned)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd"])
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_the_optimizer_is_counted_as_it_is(name: str, adapter: str) -> None:
+    config, settings = config_of("llama"), ADAPTERS[adapter]
+    learned = [p for p in real(config, settings).parameters() if p.requires_grad]
+    for p in learned:
+        p.grad = torch.ones_like(p)
+    optimizer = make_optimizer(learned, Schedule(lr=1e-3, steps=2, optimizer=name))
+    with Live(iter([*learned, *(p.grad for p in learned if p.grad is not None)])) as live:
+        optimizer.step()
+        optimizer.step()
+    state, scratch = optimizer_bytes(name, count(config, settings, torch.float32, cpu=True))
+    steps = 64 * len(learned)  # a number for each parameter
+    held = sum(size(v for v in kept.values() if torch.is_tensor(v)) for kept in optimizer.state.values())
+    assert abs(state - held) <= steps
+    assert state + 0.5 * scratch - steps <= live.peak <= state + 1.1 * scratch + steps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_the_rehearsal_sees_what_a_real_pass_holds(kind: str, masked: bool, adapter: str) -> None:
+    """The same tracker around the same pass with numbers: six layers against two and four of them without."""
+    config, shape = config_of(kind), Shape(2, 32, 20, masked)
+    model = real(config, ADAPTERS[adapter])
+    model.config.use_cache = False
+    model.train()
+    ids = torch.zeros(2, 32, dtype=torch.long)
+    seen = torch.ones(2, 1, 32, 32, dtype=torch.bool) if masked else None
+    picks = torch.zeros(20, dtype=torch.long)
+    layout = Layout(ids, torch.arange(32).expand(2, -1), seen, ids, ids)
+    with Live(iter([*model.parameters(), *model.buffers(), ids, layout.positions])) as live:
+        hidden, logits = passed(model, layout, picks, True)
+        assert logits is not None
+        logprobs, _ = score(logits, picks, 1.0)
+        del logits, hidden
+        logprobs.sum().backward()
+    rehearsal = Rehearsal(config, ADAPTERS[adapter], CPU, torch.float32)
+    assert rehearsal.alive(shape, Asked()) == pytest.approx(live.peak, rel=0.03)
+
+
+def test_more_tokens_take_no_less_and_recomputed_layers_take_less() -> None:
+    config = config_of("llama")
+    plain, recomputed = (Rehearsal(config, LORA, CPU, torch.float32, again) for again in (False, True))
+    peaks = [plain.peak(Shape(n, 64, 8 * n, True), Asked()) for n in (1, 4, 8)]
+    assert peaks == sorted(set(peaks))
+    assert recomputed.peak(Shape(8, 64, 64, True), Asked()) < 0.6 * peaks[-1]
+    assert plain.peak(Shape(8, 64, 64, True), Asked(gradient=False)) < 0.5 * peaks[-1]
+    assert plain.peak(Shape(8, 64, 64, True), Asked(head=1, second=True)) > 1.5 * peaks[-1]
+    large = Rehearsal(config_of("llama", vocab_size=4096, num_hidden_layers=1), LORA, CPU, torch.float32)
+    shape = Shape(2, 64, 120, True)
+    assert large.alive(shape, Asked(distributions=True)) > large.alive(shape, Asked()) + 2 * 120 * 4096 * 4
+
+
+def test_a_heap_reuses_what_fits_and_loses_what_does_not() -> None:
+    heap = Heap()
+    first, stays = heap.take(1000), heap.take(1000)
+    top = heap.top
+    heap.give(first)
+    heap.take(1000)  # by its alignment longer than the hole
+    assert heap.top > top
+    top = heap.top
+    heap.take(800)
+    assert heap.top == top
+    heap.give(stays)
+    heap.take(10_000)
+    assert heap.top >= top + 10_000 - 2000
+
+
+def test_the_peak_is_the_largest_phase_not_the_sum() -> None:
+    one = Process("run", (Term("w", 10), Term("a", 5, ("learn",)), Term("k", 3, ("generate",))))
+    assert (one.peak, one.phase, one.at("generate")) == (15, "learn", 13)
+    both = Footprint((one, Process("engine", (Term("e", 7),))), shared=2)
+    assert both.peak == 15 + 7 + 2
+    assert Room(None).lacks(both) is False
+    assert Room(23).lacks(both)
+    assert not Room(23).lacks(both, 1.15)
+    assert Room(100, shared=1).lacks(both)
+
+
+@pytest.fixture(scope="module")
+def wide_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's tokenizer with a model whose activations are larger than a process's modules."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    shutil.copytree(tiny_model, folder)
+    config = AutoConfig.from_pretrained(
+        tiny_model, hidden_size=256, intermediate_size=768, num_hidden_layers=4, head_dim=64
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def a_run(model: Path, folder: Path, **changes: Any) -> Config:
+    """8 demonstrations of some 400 tokens, learned in one micro-batch. No engine."""
+    rows = folder / "said.jsonl"
+    said = [{"prompt": f"Say {i}", "completion": "one two " * (95 + i)} for i in range(8)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in said))
+    given: dict[str, Any] = {
+        "name": "memory",
+        "steps": 1,
+        "out": str(folder / "run"),
+        "model": {"path": str(model), "device": "cpu"},
+        "adapter": {"type": "lora", "r": 8, "target_modules": "all-linear"},
+        "data": {"train": str(rows)},
+        "algorithm": {"type": "sft"},
+        "learner": {"micro_tokens": 8192},
+    }
+    return validate(given | changes)
+
+
+def test_the_cheapest_change_makes_it_fit_and_nothing_cheaper_does(wide_model: Path, tmp_path: Path) -> None:
+    config = a_run(wide_model, tmp_path)
+    forecast = Forecast(material(config))
+    now = forecast.footprint(config)
+    halved = forecast.footprint(changed(config, {"learner.micro_tokens": 1024}))
+    room = Room((now.peak + halved.peak) // 2)
+    found = cheapest(config, forecast.footprint, room)
+    assert found is not None
+    keys, after = found
+    assert set(keys) == {"learner.micro_tokens"}
+    assert after.peak <= (room.memory or 0) < now.peak
+    assert forecast.footprint(changed(config, keys)).peak == after.peak
+    twice = changed(config, {key: 2 * value for key, value in keys.items()})
+    assert room.lacks(forecast.footprint(twice)) or twice.learner.micro_tokens == 8192
+    assert cheapest(config, forecast.footprint, Room(1)) is None
+
+
+def test_a_run_is_refused_warned_of_or_let_alone(wide_model: Path, tmp_path: Path) -> None:
+    config = a_run(wide_model, tmp_path)
+    strict, peak = {"memory.check": "refuse"}, judged(material(config)).footprint.peak / 1e9
+    with pytest.raises(InputError, match=r"memory: at most .* does not fit.*learner\.micro_tokens=") as refused:
+        begin(changed(config, {**strict, "memory.limit": peak / 1.2}), Terminal())
+    assert "memory.check=warn" in str(refused.value)
+    assert not (tmp_path / "run").exists()
+    said: list[str] = []
+
+    class Listening(Terminal):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    assert begin(changed(config, {**strict, "memory.limit": peak / 1.05}), Listening()) == 0  # within the margin
+    assert sum("memory: at most" in text for text in said) == 1
+    off = {"memory.limit": peak / 1.2, "memory.check": "off", "out": str(tmp_path / "off")}
+    said.clear()
+    assert begin(changed(config, off), Listening()) == 0
+    assert not any("memory" in text for text in said)
+
+
+@pytest.mark.slow
+def test_a_real_run_takes_about_what_was_predicted(wide_model: Path, tmp_path: Path) -> None:
+    """In a process of its own; less its modules. The band is wide, since another malloc wastes otherwise."""
+    config = a_run(wide_model, tmp_path)
+    terms = Forecast(material(config)).footprint(config).processes[0].terms
+    learned = sum(t.bytes for t in terms if t.name == "activations")
+    program = (
+        "import sys; from pathlib import Path; from rlft.session import begin; from rlft.settings import *\n"
+        "from rlft.terminal import Terminal\n"
+        "status = lambda: Path('/proc/self/status').read_text().split('VmHWM:')[1]\n"
+        "peak = lambda: 1024 * int(status().split()[0])\n"
+        "read = load(Path(sys.argv[1]), sys.argv[2:]); begin(read, Terminal()); print('PEAK', peak())\n"
+    )
+    write_config(tmp_path, config)
+    peaks = []
+    for tokens, out in ((8192, "large"), (512, "small")):
+        given = [str(tmp_path / "config.yaml"), f"learner.micro_tokens={tokens}", f"out={tmp_path / out}"]
+        done = subprocess.run([sys.executable, "-c", program, *given], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.rsplit("PEAK ", 1)[1].split()[0]))
+    small = Forecast(material(config)).activations(changed(config, {"learner.micro_tokens": 512}))[0]
+    assert 0.5 * (learned - small) < peaks[0] - peaks[1] < 1.5 * (learned - small)
