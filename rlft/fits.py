@@ -14,7 +14,7 @@ from rlft.machine import available, shared_memory
 from rlft.memory import GB, Footprint, Room, size
 from rlft.types import InputError
 
-MARGIN = 1.15  # how far a prediction was off at most, see docs/memory.md
+MARGIN = 1.15  # only what is more than this above is refused: a prediction errs, see docs/memory.md
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Verdict:
 
     @property
     def hopeless(self) -> bool:
-        """It would not even fit if the prediction were off by as much as it ever was."""
+        """It would hardly fit even if the prediction were too high."""
         return self.room.lacks(self.footprint, MARGIN)
 
     @property
