@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from rlft import secrets
 from rlft.config import Config
+from rlft.secrets import hidden, named, refuse_written, remember, veiled
 from rlft.types import InputError
 
 DATA = ("data.train", "data.eval", "data.train.path", "data.eval.path")
@@ -38,10 +38,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     plain: dict[str, Any] = {str(key): value for key, value in read.items()}
     for override in overrides:
         plain = _override(plain, override)
-    secrets.refuse_written(plain)
-    names = secrets.named(plain)
+    refuse_written(plain)
+    names = named(plain)
     plain = _resolved(plain, path)
-    secrets.remember(names, plain)
+    remember(names, plain)
     _anchor(plain, path.resolve().parent)
     config = validate(plain)
     config.from_environment.update(names)
@@ -54,7 +54,7 @@ def validate(plain: Mapping[str, Any]) -> Config:
         return Config.model_validate(plain)
     except ValidationError as error:
         raise InputError(
-            secrets.hidden("\n".join(dict.fromkeys(_explain(e, plain) for e in error.errors())))
+            hidden("\n".join(dict.fromkeys(_explain(e, plain) for e in error.errors())))
         ) from error
 
 
@@ -65,7 +65,7 @@ def dump(config: Config) -> str:
 
 def shown(config: Config) -> dict[str, Any]:
     """The resolved config as plain values; text from the environment is the name of its variable."""
-    return secrets.veiled(config.model_dump(mode="json"), config.from_environment)
+    return veiled(config.model_dump(mode="json"), config.from_environment)
 
 
 def _resolved(plain: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 
-from rlft import secrets
 from rlft.models import locate
 from rlft.policy import Policy
+from rlft.secrets import hidden
 from rlft.settings import dump, load, shown
 from rlft.types import InputError
 
@@ -101,7 +101,7 @@ def test_a_message_does_not_tell_it(file: Path) -> None:
         load(file, ["learner.optimizer=${oc.env:JUDGE_KEY}"])
     assert SECRET not in str(caught.value)
     assert "${oc.env:JUDGE_KEY}" in str(caught.value)
-    assert secrets.hidden(f"url?key={SECRET}&x") == "url?key=${oc.env:JUDGE_KEY}&x"
+    assert hidden(f"url?key={SECRET}&x") == "url?key=${oc.env:JUDGE_KEY}&x"
 
 
 def files_with(folder: Path, word: bytes) -> list[Path]:
