@@ -170,7 +170,7 @@ class Forward:
 def _expected(model: Any, layout: Layout, mask: Tensor, share: float) -> Layout:
     """The layout with `share` of the model's own greedy guess in the embedding of every chosen token."""
     row, column = mask.nonzero(as_tuple=True)
-    _, guesses = _passed(model, layout, layout.cell[row, column - 1], vocabulary=True)
+    _, guesses = passed(model, layout, layout.cell[row, column - 1], vocabulary=True)
     assert guesses is not None
     embed = model.get_input_embeddings()
     embedded = embed(layout.tokens)

@@ -53,9 +53,7 @@ def validate(plain: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(plain)
     except ValidationError as error:
-        raise InputError(
-            hidden("\n".join(dict.fromkeys(_explain(e, plain) for e in error.errors())))
-        ) from error
+        raise InputError(hidden("\n".join(dict.fromkeys(_explain(e, plain) for e in error.errors())))) from error
 
 
 def dump(config: Config) -> str:

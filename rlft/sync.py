@@ -207,23 +207,21 @@ def refuse_hot_loading(policy: Policy) -> None:
 
 def cold(policy: Policy) -> str | None:
     """Why vLLM cannot hot-load this adapter, would serve it over the wrong base, or unproved; None where it can."""
-    reason = None
     if not policy.is_peft:
-        reason = "there is no adapter"
-    else:
-        config: Any = policy.model.peft_config[policy.model.active_adapter]
-        kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
-        if kind != "lora":
-            reason = f"vLLM hot-loads LoRA only, not {kind}"
-        elif policy.base_changed:
-            reason = "this adapter's init changed the base, and the engine holds the unchanged one"
-        elif config.use_dora:
-            reason = "vLLM does not load DoRA"
-        elif config.bias != "none" or config.modules_to_save:
-            reason = "vLLM does not load adapters with biases or modules_to_save"
-        elif any(policy.model.active_adapter in getattr(m, "lora_embedding_A", ()) for m in policy.model.modules()):
-            reason = "no proof covers an adapted embedding; leave embed_tokens out of adapter.target_modules"
-    return reason
+        return "there is no adapter"
+    active = policy.model.active_adapter
+    config: Any = policy.model.peft_config[active]
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    embedded = any(active in getattr(module, "lora_embedding_A", ()) for module in policy.model.modules())
+    reasons = {
+        f"vLLM hot-loads LoRA only, not {kind}": kind != "lora",
+        "this adapter's init changed the base, and the engine holds the unchanged one": policy.base_changed,
+        "vLLM does not load DoRA": getattr(config, "use_dora", False),
+        "vLLM does not load adapters with biases or modules_to_save": getattr(config, "bias", "none") != "none"
+        or getattr(config, "modules_to_save", None),
+        "no proof covers an adapted embedding; leave embed_tokens out of adapter.target_modules": embedded,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _marking(stream: Iterator[tuple[str, Tensor]], marks: dict[str, Mark], seed: int) -> Iterator[tuple[str, Tensor]]:
