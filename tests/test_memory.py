@@ -163,6 +163,12 @@ def wide_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+@pytest.fixture(autouse=True)
+def a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests before this one left in the process is no part of a run."""
+    monkeypatch.setattr("rlft.forecast.resident", lambda: 500 * 2**20)
+
+
 def a_run(model: Path, folder: Path, **changes: Any) -> Config:
     """8 demonstrations of some 400 tokens, learned in one micro-batch. No engine."""
     rows = folder / "said.jsonl"
