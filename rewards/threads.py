@@ -58,6 +58,8 @@ def _work(jobs: queue.SimpleQueue[Job | None]) -> None:
         function, argument, loop, future = job
         try:
             settle, answer = _result, function(argument)
+        except StopIteration as error:  # which no future takes
+            settle, answer = _exception, RuntimeError(f"the call let a StopIteration out: {error}")
         except BaseException as error:  # whatever it is, it belongs to whoever called
             settle, answer = _exception, error
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more

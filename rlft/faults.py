@@ -111,7 +111,7 @@ class Faults:
         folder = self._folder / "skipped"
         folder.mkdir(exist_ok=True)
         path = folder / (f"step-{self.step:06d}" + (f"-{number}" if number > 1 else "") + ".safetensors")
-        tensors = {f.name: getattr(skip.batch, f.name).cpu().contiguous() for f in fields(skip.batch)}
+        tensors = {f.name: getattr(skip.batch, f.name).cpu().clone() for f in fields(skip.batch)}
         about = {
             "step": self.step,
             "loss": str(skip.loss),

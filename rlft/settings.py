@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from rlft.config import Config
-from rlft.secrets import hidden, named, refuse_written, remember, veiled
+from rlft.secrets import at, hidden, named, refuse_written, remember, veiled
 from rlft.types import InputError
 
 DATA = ("data.train", "data.eval", "data.train.path", "data.eval.path")
@@ -42,9 +42,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     names = named(plain)
     plain = _resolved(plain, path)
     remember(names, plain)
+    found = {where: at(plain, where) for where in names}
     _anchor(plain, path.resolve().parent)
-    config = validate(plain)
-    config.from_environment.update(names)
+    config = validate(plain)  # a path that is whole now is written whole: it is no secret, and read from elsewhere
+    config.from_environment.update({w: text for w, text in names.items() if at(plain, w) == found[w]})
     return config
 
 
@@ -58,7 +59,8 @@ def validate(plain: Mapping[str, Any]) -> Config:
 
 def dump(config: Config) -> str:
     """The resolved config as YAML, defaults filled in; `load` of it gives the same config."""
-    return yaml.safe_dump(shown(config), sort_keys=False, allow_unicode=True)
+    plain = veiled(config.model_dump(mode="json"), config.from_environment, escape=True)
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
 def shown(config: Config) -> dict[str, Any]:
@@ -71,7 +73,9 @@ def _resolved(plain: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        raise InputError(f"{path}: a ${{...}} in it stands for nothing: {error}") from error
+        raise InputError(
+            f"{path}: a ${{...}} in it stands for nothing (write \\${{ for the characters themselves): {error}"
+        ) from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
 
@@ -95,8 +99,8 @@ def _drop_other_type(plain: dict[str, Any], change: Any, path: list[str]) -> Non
     """Empty the block that `change` gives another type, be it by block.type=... or by block={type: ..., ...}."""
     if path[-1] == "type":
         path = path[:-1]
-    given, block = OmegaConf.select(change, ".".join(path)), OmegaConf.select(OmegaConf.create(plain), ".".join(path))
-    if not path or not all(isinstance(x, DictConfig) for x in (given, block)):
+    given, block = at(OmegaConf.to_container(change), tuple(path)), at(plain, tuple(path))
+    if not path or not all(isinstance(x, dict) for x in (given, block)):
         return
     if "type" in given and block.get("type") != given["type"]:
         parent = plain

@@ -11,6 +11,7 @@ from typing import Protocol
 from rlft.agents import Trainee
 from rlft.algorithms.base import Algorithm
 from rlft.batch import Batch
+from rlft.chance import put, states
 from rlft.parity import Mismatch
 from rlft.source import Source
 from rlft.types import Group
@@ -58,13 +59,15 @@ class Run:
 
     async def draw(self) -> list[Group]:
         """The source's next groups; empty when `stop` came while they were drawn."""
+        before = states()
         self._drawing = asyncio.ensure_future(self.source.next())
         try:
             return await self._drawing
-        except asyncio.CancelledError:
-            if not self.stopping:
-                raise
-            return []
+        except BaseException as error:  # what is drawn again is drawn by the same dice
+            put(before)
+            if self.stopping and isinstance(error, asyncio.CancelledError):
+                return []
+            raise
         finally:
             self._drawing = None
 

@@ -83,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # the run
     "track": {"whole"},
     "checkpoint": {"agents", "allocation", "chance", "learner", "source", "whole"},
-    "trainer": {"agents", "source", "algorithms.base", "batch", "parity"},
+    "trainer": {"agents", "chance", "source", "algorithms.base", "batch", "parity"},
     "config_data": {"peek"},
     "config_agents": {"config_data"},
     "config_memory": {"config_data"},

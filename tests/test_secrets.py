@@ -78,6 +78,43 @@ def test_an_override_may_name_the_environment(file: Path) -> None:
     assert SECRET not in dump(config)
 
 
+@pytest.mark.parametrize(
+    "written",
+    ["${ oc.env:JUDGE_KEY}", "Bearer ${oc.env:JUDGE_KEY}", "${reward.options.api_key}", "Bearer ${.api_key}",
+     "${oc.env:JUDGE_KEY,none}"],
+)  # fmt: skip
+def test_no_spelling_brings_it_into_what_is_written(file: Path, written: str) -> None:
+    config = load(file, [f"reward.options.header='{written}'"])
+    assert SECRET in config.model_dump()["reward"]["options"]["header"]
+    assert SECRET not in dump(config) + json.dumps(shown(config))
+    assert hidden(f"401: bad key {SECRET}") == "401: bad key ${oc.env:JUDGE_KEY}"
+    file.write_text(dump(config))
+    assert load(file).model_dump() == config.model_dump()
+
+
+def test_what_only_looks_like_a_reference_is_read_as_it_stands(file: Path) -> None:
+    written = yaml.safe_load(file.read_text())
+    written["reward"]["options"]["pattern"] = r"\${x}"
+    file.write_text(yaml.safe_dump(written))
+    config = load(file)
+    assert config.model_dump()["reward"]["options"]["pattern"] == "${x}"
+    assert shown(config)["reward"]["options"]["pattern"] == "${x}"
+    file.write_text(dump(config))
+    assert load(file).model_dump() == config.model_dump()
+
+
+def test_a_path_from_the_environment_is_the_same_from_the_runs_folder(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/rows.jsonl").write_text('{"prompt": "x"}\n')
+    monkeypatch.setenv("DD", "d")
+    config = load(file, ["data.train={type: file, path: '${oc.env:DD}/rows.jsonl'}"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(dump(config))
+    assert load(tmp_path / "run/config.yaml").model_dump() == config.model_dump()
+
+
 def test_a_variable_that_is_not_set_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(InputError, match="JUDGE_KEY"):

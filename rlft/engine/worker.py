@@ -305,7 +305,8 @@ async def _answer(pipe: _Pipe, engine: Engine) -> None:
         except asyncio.CancelledError:
             return
         except (RunError, InputError) as error:
-            reply = (number, False, type(error)(str(error)))
+            kind = InputError if isinstance(error, InputError) else RunError
+            reply = (number, False, kind(str(error)))
         except Exception as error:  # it must reach the driver, not this process's log only
             reply = (number, False, RunError(f"the engine failed: {type(error).__name__}: {error}"))
         finally:
