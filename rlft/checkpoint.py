@@ -172,7 +172,8 @@ def _restore(folder: Path, learner: Learner, source: Source | None) -> int:
     learner.generator.set_state(random_states["learner"])
     if source is not None:
         source.load_state_dict(state["source"])
-    return int(state["step"])
+    learner.version = int(state["step"])
+    return learner.version
 
 
 def restore_policy(folder: Path, learner: Learner) -> None:

@@ -75,6 +75,7 @@ class Learner:
         own = [(f"own.{name}", p) for name, p in self.own.named_parameters()]
         self.stepper = Stepper(policy, own, schedule, owned.adapter, owned.alone, reference)
         self.optimizer, self.scheduler = self.stepper.optimizer, self.stepper.scheduler
+        self.version = 0  # updates so far: the version of the weights, whatever optimizer steps an update takes
         self.skipped: list[Skipped] = []  # the last update's optimizer steps that were not taken
         self.generator = torch.Generator().manual_seed(seed)
         self.credited: Batch | None = None  # the last update's batch with its advantages, for the record
@@ -116,6 +117,7 @@ class Learner:
         if not len(batch) or not batch.mask.any():
             rate = self.stepper.rate
             self.stepper.pass_over(self.schedule.epochs * self.schedule.minibatches)
+            self.version += 1
             return {"tokens/trained": 0.0, "learner/lr": rate, **self._refreshed()}
         batch = self.credited = algorithm.credit(self.fill(batch, algorithm.needs))
         losses, norms, parts, trained, rate, count = [], [], [], 0, 0.0, 0
@@ -137,6 +139,7 @@ class Learner:
             self.remembered = dict(algorithm.remember(self.remembered, seen))
             trained += tokens
         self.stepper.pass_over(self.schedule.epochs * self.schedule.minibatches - count)
+        self.version += 1
         parts = parts or ([] if self.skipped else [self._glance(batch, algorithm)])
         return {
             "loss/total": sum(losses) / len(losses) if losses else NAN,
@@ -151,7 +154,7 @@ class Learner:
 
     def _hold(self, parts: list[Metrics], step: Batch, newest: int | None, shuffling: Tensor) -> None:
         """The parity gate before the first optimizer step; where it raises, the same update can be begun again."""
-        if newest is None or newest < self.scheduler.last_epoch // (self.schedule.epochs * self.schedule.minibatches):
+        if newest is None or newest < self.version:
             return  # also where the weights have moved on since the newest row was sampled
         try:
             self.gate(merge(parts), step)

@@ -33,7 +33,7 @@ from rlft.engine.vllm import VllmEngine
 from rlft.learner import Learner, Schedule
 from rlft.parity import Bounds, Figures, Gate, Mismatch, bounds_of, gaps
 from rlft.policy import Policy
-from rlft.session import begin
+from rlft.session import begin, resume
 from rlft.settings import validate
 from rlft.sync import Sync
 from rlft.terminal import Terminal
@@ -465,6 +465,20 @@ def test_a_run_stops_before_it_learns_from_the_wrong_policy(
     assert (tmp_path / "toy/run/checkpoints/step-000001").is_dir()
     assert steps_of(tmp_path)[0]["parity/outliers"] == 0.0
     assert 0 <= steps_of(tmp_path)[0]["parity/kl"] < 1e-6
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_that_is_resumed_with_other_epochs_is_held_all_the_same(
+    tiny_model: Path, tmp_path: Path, hot_after_proofs: list[int], before: int, after: int
+) -> None:
+    """The learner knows its version, however many optimizer steps each update took."""
+    hot_after_proofs[0] = 3
+    config = toy(tmp_path / "toy", tiny_model)
+    learner = config.learner.model_copy(update={"epochs": before})
+    assert begin(config.model_copy(update={"learner": learner}), Terminal(Console(quiet=True))) == 0
+    with pytest.raises(RunError, match="Cause: temperature"):
+        resume(tmp_path / "toy/run", ["steps=5", f"learner.epochs={after}"], Terminal(Console(quiet=True)))
+    assert [row["step"] for row in steps_of(tmp_path)] == [1, 2, 3]
 
 
 def test_a_run_that_only_warns_learns_as_one_that_does_not_look(
