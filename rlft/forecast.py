@@ -30,6 +30,7 @@ VLLM_MODULES = 140 * MB  # vLLM's modules beside torch's and ours
 VLLM_GROWTH = 60 * MB
 WORKER = 592 * MB  # a worker's Python with all its modules
 SHARD = 64 * MB  # of weights on the way to a worker
+ARRIVING = "weights that arrive"
 CONTEXT = 500 * MB  # of CUDA, per process
 FRACTION = 0.4  # of a GPU: vLLM's share unless the config says otherwise
 PREFILL = 4096  # tokens that vLLM computes at once on a CPU
@@ -117,10 +118,9 @@ class Forecast:
         counts = self.counts(config)
         terms = [*self._learner(config, counts, rough)]
         engine, shared = [*self._engine(config, counts)], 0
-        apart = isinstance(config.rollout.engine, Vllm) and config.rollout.engine.place == "worker"
-        if self._stuff.needs_engine and apart:
-            if config.sync.type != "adapter":
-                shared = counts.changed if self._cpu else 0
+        if self._stuff.needs_engine and config.rollout.engine.place == "worker":
+            if self._cpu and not self._hot(config):
+                shared = counts.changed
             start = Term(MODULES, WORKER if self._cpu else CONTEXT)
             return Footprint(
                 (Process("learner", tuple(terms)), Process("engine", (start, *engine))), shared, not self._cpu
@@ -146,7 +146,7 @@ class Forecast:
             yield Term("loaded as it goes on", GROWTH)
         yield Term("weights", n.weights)
         if n.adapter and config.parity.check != "off":
-            yield Term("adapter of the step before", n.trained)
+            yield Term("adapter of the step before", config.agents.count * n.trained)
         agents = config.agents.count  # each with values and an optimizer of its own
         if n.adapter:
             yield Term("adapter" if agents == 1 else "adapters", n.adapter + (agents - 1) * n.trained)
@@ -171,7 +171,7 @@ class Forecast:
         settings = config.adapter.settings()
         if config.reference.every:
             wide = 1 if config.reference.mix == 1 else max(1, 4 * n.numbers // max(n.trained, 1))
-            yield Term("moving reference", n.trained * wide)
+            yield Term("moving reference", config.agents.count * n.trained * wide)
         elif settings is not None and settings["type"] == "saved":
             yield Term("adapter as it was", n.trained)
         elif measured and (settings is None or settings.get("init_lora_weights") not in UNCHANGED):
@@ -197,6 +197,8 @@ class Forecast:
         if isinstance(block, Local):
             yield Term("engine's weights", weights)
             yield Term("keys and values", self._open(config, block.max_sequences), ("generate",))
+            if block.place == "worker":
+                yield Term(ARRIVING, SHARD, ("load", "sync"))
             return
         if not self._cpu:
             total = torch.cuda.get_device_properties(self.device).total_memory if torch.cuda.is_available() else 0
@@ -209,7 +211,13 @@ class Forecast:
         wide = self._text.hidden_size + getattr(self._text, "intermediate_size", 4 * self._text.hidden_size)
         scored = 4 * min(block.max_sequences, self._sequences(config)) * self._text.vocab_size * 4
         yield Term("sampling", PREFILL * wide * 4 * 2 + scored, ("generate",))
-        yield Term("weights that arrive", n.changed + (SHARD if block.place == "worker" else 0), ("load", "sync"))
+        sent = n.trained if self._hot(config) else n.changed
+        yield Term(ARRIVING, sent + (SHARD if block.place == "worker" else 0), ("load", "sync"))
+
+    def _hot(self, config: Config) -> bool:
+        """On a CPU, adapters are sent in place of merged weights: asked for, or since the engine serves several."""
+        several = config.agents.count > 1 or any(draw.reference for draw in self._stuff.algorithm.draws)
+        return isinstance(config.rollout.engine, Vllm) and (several or config.sync.type == "adapter")
 
     def _sequences(self, config: Config) -> int:
         """How many are open at once."""

@@ -9,6 +9,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import tempfile
@@ -16,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -32,6 +34,7 @@ from rlft.faults import FILE
 from rlft.session import begin, resume
 from rlft.settings import validate
 from rlft.terminal import Terminal
+from rlft.trainer import Run
 from rlft.types import Completion, EngineLost, RunError, Sampling
 
 REWARDS = '''
@@ -163,12 +166,47 @@ def scraps(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if "writing" in path.name]
 
 
+# A draw that ends early.
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_is_drawn_again_is_drawn_by_the_same_dice(asked: bool) -> None:
+    """A reward of the user's may draw from Python's and NumPy's random states; a failed or abandoned draw is undone."""
+
+    class Dice:
+        online, metrics, selected = True, {}, None
+
+        async def next(self) -> list[Any]:
+            thrown.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+            if not asked:
+                raise RunError("the reward failed")
+            going.stop()
+            await asyncio.sleep(60)
+            return []
+
+    async def draw() -> None:
+        if asked:
+            assert await going.draw() == []
+            going.stopping = False
+        else:
+            with pytest.raises(RunError):
+                await going.draw()
+
+    thrown: list[tuple[float, float, float]] = []
+    nothing: Any = None
+    going = Run(1, cast(Any, Dice()), nothing, nothing, nothing, nothing)
+    asyncio.run(draw())
+    asyncio.run(draw())
+    assert thrown[0] == thrown[1]
+
+
 # Loss and gradient.
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_kept(make: Make, tmp_path: Path) -> None:
-    """Calls 9 to 12 are the first group of step 2."""
-    folder, said = run(make({"type": "rloo"}, reward=grader("huge", calls=str(tmp_path / "calls"), first=9, last=12)))
+@pytest.mark.parametrize("kind", ["rloo", "loo_ppo"])
+def test_a_step_that_is_not_finite_is_skipped_and_kept(make: Make, tmp_path: Path, kind: str) -> None:
+    """Calls 9 to 12 are the first group of step 2. With a ratio, the rollout's log-probs stand for the old ones too."""
+    folder, said = run(make({"type": kind}, reward=grader("huge", calls=str(tmp_path / "calls"), first=9, last=12)))
     first, second, third, _ = rows(folder)
     assert [row.get("learner/skipped") for row in rows(folder)] == [None, 1, None, None]
     assert second["loss/total"] is None

@@ -18,7 +18,7 @@ from rlft.build import material
 from rlft.config import Config
 from rlft.fits import judged
 from rlft.footprint import Asked, Live, Rehearsal, Shape, adapted
-from rlft.forecast import Forecast, count, optimizer_bytes
+from rlft.forecast import ARRIVING, SHARD, Forecast, count, optimizer_bytes
 from rlft.forward import passed
 from rlft.heap import Heap
 from rlft.kernels import score
@@ -27,11 +27,12 @@ from rlft.memory import Footprint, Process, Room, Term
 from rlft.packing import Layout
 from rlft.schedule import make_optimizer
 from rlft.session import begin, write_config
-from rlft.settings import validate
+from rlft.settings import load, validate
 from rlft.terminal import Terminal
 from rlft.types import InputError
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4}
 GPT2: dict[str, Any] = {"vocab_size": 97, "n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 128}
 KINDS = {
@@ -246,3 +247,25 @@ def test_a_real_run_takes_about_what_was_predicted(wide_model: Path, tmp_path: P
         peaks.append(int(done.stdout.rsplit("PEAK ", 1)[1].split()[0]))
     small = Forecast(material(config)).activations(changed(config, {"learner.micro_tokens": 512}))[0]
     assert 0.5 * (learned - small) < peaks[0] - peaks[1] < 1.5 * (learned - small)
+
+
+def test_a_worker_has_its_own_process_whatever_the_engine_is_and_adapters_need_no_room_for_all_weights(
+    tmp_path: Path,
+) -> None:
+    """Several agents are always sent as adapters; merged weights go through shared memory."""
+    plain = load(ROOT / "configs/cory.yaml", ["model.path=tiny-random", "model.device=cpu", f"out={tmp_path}/run"])
+    local = {"agents.count": 1, "rollout.engine": {"type": "local", "place": "worker"}}
+    found = {}
+    for name, changes in {
+        "local": local,
+        "merged": {"agents.count": 1, "rollout.engine.place": "worker"},
+        "several": {"rollout.engine.place": "worker"},
+    }.items():
+        config = changed(plain, changes)
+        found[name] = Forecast(material(config)).footprint(config, rough=True)
+    assert all(len(footprint.processes) == 2 for footprint in found.values())
+    assert found["merged"].shared == found["local"].shared > 0
+    assert found["several"].shared == 0
+    sent = {name: {t.name: t.bytes for t in f.processes[1].terms}[ARRIVING] for name, f in found.items()}
+    assert SHARD < sent["several"] < sent["merged"]
+    assert sent["local"] == SHARD
