@@ -10,6 +10,7 @@ import rlft  # noqa: F401  (first: it says how torch's threads wait, and torch r
 
 # isort: split
 import pytest
+import torch
 
 from rlft.tiny import VOCAB, save
 from rlft.types import NAN, Group, Sample, Task, Trajectory
@@ -57,6 +58,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For modules whose models are so small that they are fastest on one thread, and on busy cores by far."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(kept)
 
 
 @pytest.fixture(scope="session")

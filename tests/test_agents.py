@@ -50,17 +50,10 @@ from rlft.sync import Sync
 from rlft.terminal import Terminal
 from rlft.types import NAN, Completion, Group, InputError, RunError, Sample, Sampling, Task, Trajectory, Turn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LORA: dict[str, Any] = {"type": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 MakeGroups = Callable[..., list[Group]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are fastest on one thread, and on busy cores by far."""
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 def named(**knobs: Any) -> Algorithm:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from rlft.learner import Learner, Schedule
 from rlft.policy import Policy
 from rlft.source import Recorded
 from rlft.types import Group, InputError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GRPO = Algorithm(
     select=select.everything, credit=credit.group_relative, weigh=weigh.by_token,
@@ -48,14 +50,6 @@ class Training:
 
     def values(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in self.learner.policy.trainable()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 
 import rlft.cli as cli
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = [{"ask": f"Say {a} and {b}", "gold": a} for a, b in zip("abcdef", "bcdefg", strict=True)]
 REWARD = '''
 def share(trajectory, fail=False):
@@ -50,15 +52,6 @@ class Result:
 
 
 Rlft = Callable[..., Result]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are fastest on one thread, and on busy cores by far."""
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from rlft.terminal import Terminal
 from rlft.trainer import Run, train
 from rlft.types import Group, Trajectory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 REWARD = '''
 def even(trajectory):
     """The share of even token ids in what the policy chose."""
@@ -38,14 +39,6 @@ HELPED = {
     "hint_rft": {"at_least": 0.7, "at": "[a-m]", "learn_hint": True},
     "hpt": {"gamma": 0.5, "demonstration": "solution"},
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,19 +51,12 @@ from rlft.types import (
     Turn,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LORA = {"type": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 TASKS = [Task(f"t{i}", ({"role": "user", "content": f"Say {i}"},), {"answer": str(i), "solution": f"It is {i}."})
          for i in range(3)]  # fmt: skip
 SIZE = 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are fastest on one thread, and on busy cores by far."""
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 @pytest.fixture(scope="module")

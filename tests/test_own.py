@@ -6,7 +6,7 @@ import asyncio
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from rlft.sync import Sync
 from rlft.terminal import Terminal
 from rlft.types import Group, InputError, Sampling
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MakeGroups = Callable[..., list[Group]]
 LORA: dict[str, Any] = {"type": "lora", "r": 4, "target_modules": "all-linear"}
 HUGE = 1_000_000
@@ -47,14 +49,6 @@ class Norm(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         mean = hidden_states.pow(2).mean(-1, keepdim=True)
         return self.weight * hidden_states * torch.rsqrt(mean + self.variance_epsilon)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 def named(**knobs: Any) -> Algorithm:

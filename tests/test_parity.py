@@ -39,19 +39,12 @@ from rlft.sync import Sync
 from rlft.terminal import Terminal
 from rlft.types import NAN, Completion, Group, RunError, Sample, Sampling, Task, Trajectory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LORA = {"type": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 HOW = Sampling(temperature=0.7, max_tokens=12)
 QUESTIONS = ["What is 12 + 34? Say it slowly.", "Count from four to seven and tell me what comes after."]
 POLICY_GRADIENT = TypeAdapter(AlgorithmConfig).validate_python({"type": "grpo"}).build()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are fastest on one thread, and on busy cores by far."""
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from rlft.settings import validate
 from rlft.source import Recorded
 from rlft.types import Group, InputError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MakeGroups = Callable[..., list[Group]]
 LORA: dict[str, Any] = {"type": "lora", "r": 4, "target_modules": "all-linear"}
 ADAPTERS: dict[str, dict[str, Any] | None] = {
@@ -33,14 +35,6 @@ ADAPTERS: dict[str, dict[str, Any] | None] = {
     "pissa": {"type": "lora", "init_lora_weights": "pissa"},
     "none": None,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 def named(**knobs: Any) -> Algorithm:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from rlft.session import begin, resume
 from rlft.settings import load
 from rlft.terminal import Terminal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS, TASKS = 5, 3
 REWARD = '''
 def odd(trajectory):
@@ -30,14 +32,6 @@ def odd(trajectory):
     sample = trajectory.samples[0]
     return float(sample.tokens[sample.mask.index(True)] % 2)
 '''
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 def growing() -> Algorithm:

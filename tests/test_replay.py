@@ -27,6 +27,8 @@ from rlft.terminal import Terminal
 from rlft.track import Record, read_groups
 from rlft.types import Group, InputError, Task
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Train = Callable[..., Path]
 LOW, EVEN = "rlft_replay_rewards:low", "rlft_replay_rewards:even"
 REWARDS = '''
@@ -44,15 +46,6 @@ def even(trajectory):
     """The share of sampled tokens whose id is even."""
     return _share(trajectory, lambda token: token % 2 == 0)
 '''
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are fastest on one thread, and on busy cores by far."""
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,10 @@ from rlft.rollout import rollout
 from rlft.sync import Sync
 from rlft.types import Completion, Group, InputError, Message, RunError, Sampling, Task, Turn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPENING: Message = {"role": "user", "content": "What is 12 + 34?"}
 TASK = Task("task-1", (OPENING,))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are fastest on one thread, and on busy cores by far."""
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 @pytest.fixture(scope="module")

@@ -26,19 +26,12 @@ from rlft.policy import Policy, fingerprint
 from rlft.sync import Sync, adapter_rank, refuse_hot_loading
 from rlft.types import Completion, InputError, RunError, Sampling
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEMPERATURE = 0.7
 ALL_LINEAR = {"type": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 Q_AND_V = ALL_LINEAR | {"target_modules": ["q_proj", "v_proj"]}
 DOCS = Path(__file__).parents[1] / "docs" / "sync.md"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are fastest on one thread, and on busy cores by far."""
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 class Vllm:

@@ -65,6 +65,8 @@ REWARDS = '''
 """Toy rewards; `fail_at` lets one raise once it has been called so many times."""
 import pathlib
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def low(trajectory, below=100):
     """The share of sampled tokens whose id is small."""
@@ -81,15 +83,6 @@ def brittle(trajectory, calls, fail_at):
     return low(trajectory)
 '''
 Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small are fastest on one thread, and on busy cores by far."""
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
 
 
 @pytest.fixture(scope="module")
