@@ -35,6 +35,8 @@ from rlft.terminal import Terminal
 from rlft.track import SCHEMA
 from rlft.types import InputError, RunError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 RUN_METRICS = [
     "step",
@@ -64,8 +66,6 @@ RUN_METRICS = [
 REWARDS = '''
 """Toy rewards; `fail_at` lets one raise once it has been called so many times."""
 import pathlib
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def low(trajectory, below=100):
