@@ -1,7 +1,9 @@
-"""The memory plan against real runs: each process's peak less what its modules take. --json for programs.
+"""The memory plan against real runs: each process's peak less what its modules take.
 
 Every setting is a run of its own in a fresh process. FIT are the settings that led to a constant or a rule of the
-prediction, HELD_OUT led to none. The high-water mark is VmHWM, put back after the imports.
+prediction, HELD_OUT led to none; GIVEN_BACK are settings of both kinds with `memory.keep=false`, where no heap is
+played and nothing was fitted. The high-water mark is VmHWM, put back after the imports. --json for programs; --fit,
+--held-out or --given-back for some of it.
 """
 
 from __future__ import annotations
@@ -46,6 +48,13 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
     "grpo, full, local, 512 tokens": (*GRPO, HOT, LOCAL, FULL, f"{MICRO}=512", "learner.lr=1e-6"),
     "sft, full, sgd, 700 tokens": ("dpo", *SFT, FULL, f"{MICRO}=700", "learner.optimizer=sgd", "learner.lr=1e-5"),
     "sft, lora, tiny, 16384 tokens": ("dpo", *SFT, TINY, f"{MICRO}=16384", "rollout.tasks_per_step=200"),
+}
+# Sampled at a high temperature, so that samples are as long as the prediction takes them to be.
+GIVEN_BACK: dict[str, tuple[str, ...]] = {
+    name: (*some[name], *((HOT,) if HOT not in some[name] and some[name][0] == "demo" else ()), "memory.keep=false")
+    for some in (FIT, HELD_OUT)
+    for name in some
+    if name not in ("grpo, lora, worker", "grpo, lora, tiny, vllm here")  # nearly as others
 }
 
 
@@ -153,11 +162,13 @@ def main() -> None:
         print("\nMEASURED " + json.dumps(one(config, overrides)))
         return
     found = []
-    for held_out, settings in ((True, HELD_OUT),) if "--held-out" in sys.argv else ((False, FIT), (True, HELD_OUT)):
-        for name, (config, *overrides) in settings.items():
+    kinds = {"fit": FIT, "held out": HELD_OUT, "given back": GIVEN_BACK}
+    chosen = [kind for kind in kinds if f"--{kind.replace(' ', '-')}" in sys.argv] or [*kinds]
+    for kind in chosen:
+        for name, (config, *overrides) in kinds[kind].items():
             answer = measure(config, *overrides)
             for row in answer["rows"]:
-                found.append({"setting": name, "held_out": held_out, "plan_seconds": answer["seconds"], **row})
+                found.append({"setting": name, "kind": kind, "plan_seconds": answer["seconds"], **row})
                 if "--json" not in sys.argv:
                     show(found[-1])
     if "--json" in sys.argv:
@@ -168,8 +179,10 @@ def show(row: dict[str, Any]) -> None:
     """One line of the table."""
     error = row["predicted"] / row["measured"] - 1
     numbers = f"{row['predicted'] / MB:8.0f} {row['measured'] / MB:8.0f} {100 * error:+6.1f}%"
-    where = "held out" if row["held_out"] else "fit"
-    print(f"{row['setting']:38} {row['process']:8} {where:9} {numbers}   plan {row['plan_seconds']:.1f} s", flush=True)
+    print(
+        f"{row['setting']:38} {row['process']:8} {row['kind']:10} {numbers}   plan {row['plan_seconds']:.1f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ NONE: Change = (0.0, {})
 
 
 def cheapest(
-    config: Config, predicted: Callable[[Config], Footprint], room: Room, cache: float = 0.0
+    config: Config, predicted: Callable[[Config], Footprint], room: Room, cache: float = 0.0, cpu: bool = True
 ) -> tuple[dict[str, Any], Footprint] | None:
     """Keys with new values, and the footprint then; None where no combination fits.
 
-    cache: GiB of keys and values that one sequence needs; no change leaves less.
+    cache: GiB of keys and values that one sequence needs; no change leaves less. cpu: malloc decides what is kept.
     """
-    axes = [*_axes(config, cache)]
+    axes = [*_axes(config, cache, cpu)]
     same = [[change for change in axis if change[0] < LEARNED] for axis in axes]
     for some in (same, axes):  # every plan takes time: those that learn something else only where all others fail
         least = _keys([max(axis, key=lambda change: change[0]) for axis in some])
@@ -61,9 +61,10 @@ def written(keys: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items())
 
 
-def _axes(config: Config, cache: float) -> Iterator[list[Change]]:
+def _axes(config: Config, cache: float, cpu: bool) -> Iterator[list[Change]]:
     """Each thing that can be made smaller: as it is, then the ways to change it."""
     yield [NONE, *_halved("learner.micro_tokens", config.learner.micro_tokens, 3, 128, 0.04)]
+    yield [NONE, *([(0.25, {"memory.keep": False})] if config.memory.keep and cpu else [])]
     yield [NONE, *([] if config.model.gradient_checkpointing else [(0.33, {"model.gradient_checkpointing": True})])]
     engine = config.rollout.engine
     if isinstance(engine, Local):

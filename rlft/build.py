@@ -26,7 +26,7 @@ from rlft.engine.restart import Restarting
 from rlft.evaluate import Evaluation
 from rlft.faults import Faults
 from rlft.generated import sums
-from rlft.kernels import keep_memory
+from rlft.kernels import give_memory_back, keep_memory
 from rlft.learner import Learner, Schedule
 from rlft.models import locate
 from rlft.player import Cast, Player
@@ -159,7 +159,7 @@ def material(config: Config) -> Material:
 def make_policy(config: Config, model: Path) -> Policy:
     """The policy before training."""
     if device_of(config.model.device).type == "cpu":
-        keep_memory()
+        (keep_memory if config.memory.keep else give_memory_back)()
     return Policy(
         model,
         config.adapter.settings(),

@@ -70,7 +70,7 @@ def judged(stuff: Material, rough: bool = False) -> Verdict:
     footprint = forecast.footprint(config)
     if not room.lacks(footprint):
         return Verdict(footprint, room, limited)
-    found = cheapest(config, forecast.footprint, room, forecast.cache_least())
+    found = cheapest(config, forecast.footprint, room, forecast.cache_least(), not footprint.gpu)
     return Verdict(footprint, room, limited, *(found or (None, None)))
 
 

@@ -149,12 +149,12 @@ class Rehearsal:
         self._remote = remote
         self._known: dict[tuple[Shape, Asked], tuple[int, int]] = {}
 
-    def peak(self, shape: Shape, asked: Asked) -> int:
-        """What one forward (and backward) pass adds: on a CPU by how far the heap grows, else the bytes alive.
+    def peak(self, shape: Shape, asked: Asked, kept: bool = True) -> int:
+        """What one forward (and backward) pass adds: where a CPU's heap is kept how far it grows, else the bytes alive.
 
         Weights are not in it, the gradients that it makes are.
         """
-        return self._both(shape, asked)[self._device.type == "cpu"]
+        return self._both(shape, asked)[kept and self._device.type == "cpu"]
 
     def alive(self, shape: Shape, asked: Asked) -> int:
         """The most bytes alive at once."""

@@ -261,11 +261,12 @@ class Forecast:
             held=parts > 1,
             distributions=algorithm.distributions,
         )
-        found = [rehearsal.peak(shape, asked) for shape in made]
+        kept = config.memory.keep
+        found = [rehearsal.peak(shape, asked, kept) for shape in made]
         if any(need.endswith("logprobs") or need == "now_entropy" for need in algorithm.needs):
             first = shapes(self._model, step, 1, *budget)[0][0]
             if first not in made:  # else it took more with gradients
-                found.append(rehearsal.peak(first, Asked(gradient=False)))
+                found.append(rehearsal.peak(first, Asked(gradient=False), kept))
         return max(found), parts
 
     def _guess(self, shape: Shape, config: Config) -> int:

@@ -23,21 +23,36 @@ THIN = 64  # below it, a matrix of an adapter: oneDNN's set-up costs more than t
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX = -1, -2, -3, -4  # of mallopt(3)
+MAPPED = 2**17  # bytes from which a tensor is mapped by itself where memory is given back
+
+
 def keep_memory() -> None:
     """Let malloc keep what it has: glibc maps every large tensor anew, and each of its pages faults in again.
 
-    A learning step of the demo had 440,000 page faults, a quarter of its CPU time; afterwards it has none.
+    A learning step of the demo had 440,000 page faults, a quarter of its CPU time; afterwards it has none. The heap
+    then has holes that no later tensor fits into, see heap.py.
     """
+    _set_malloc({MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 * 2**20})
+
+
+def give_memory_back() -> None:
+    """Map every larger tensor by itself, so that what it had goes back to the system when it is freed.
+
+    The process then takes what is alive and little more. By itself glibc would raise the threshold as tensors come.
+    """
+    _set_malloc({MMAP_THRESHOLD: MAPPED, MMAP_MAX: 2**16, TRIM_THRESHOLD: 64 * 2**20, TOP_PAD: 2**20})
+
+
+def _set_malloc(options: dict[int, int]) -> None:
     if sys.platform != "linux":
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return
-    trim_threshold, top_pad, mmap_max = -1, -2, -4
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 64 * 2**20)
+    for option, value in options.items():
+        mallopt(option, value)
 
 
 class FastLinear(TorchFunctionMode):
