@@ -26,18 +26,20 @@ from transformers import AutoModelForCausalLM, masking_utils
 from rlft.forward import passed
 from rlft.heap import Heap
 from rlft.kernels import FastLinear, score
-from rlft.packing import Layout
+from rlft.packing import Layout, trunk_of
+from rlft.segments import NAME, Stretch, may, segments
 
 
 @dataclass(frozen=True)
 class Shape:
     """A micro-batch: sequences x width computed tokens, of which `chosen` get logits. masked: rows stand end to end or
-    padded, so attention takes a mask of width x width."""
+    padded, so attention takes a mask of width x width. stretches: of attention by segments, in place of a mask."""
 
     sequences: int
     width: int
     chosen: int
     masked: bool
+    stretches: tuple[Stretch, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -121,12 +123,16 @@ def adapted(model: Any, settings: dict[str, Any] | None) -> Any:
         return model
     from peft import PeftConfig, get_peft_model
 
+    from rlft.fused import fuse
     from rlft.policy import peft_config
 
     if settings["type"] == "saved":
-        return get_peft_model(model, PeftConfig.from_pretrained(settings["path"]))
-    # PEFT's plain init: one that reads the base's weights cannot run without them.
-    return get_peft_model(model, peft_config({k: v for k, v in settings.items() if k != "init_lora_weights"}))
+        found = PeftConfig.from_pretrained(settings["path"])
+    else:  # PEFT's plain init: one that reads the base's weights cannot run without them
+        found = peft_config({k: v for k, v in settings.items() if k != "init_lora_weights"})
+    made = get_peft_model(model, found)
+    fuse(made)
+    return made
 
 
 class Rehearsal:
@@ -209,6 +215,8 @@ class Rehearsal:
             _materialize(model, self._device)
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
             inner.config.use_cache = False
+            if may(trunk_of(inner)):
+                inner.set_attn_implementation(NAME)
             if self._recomputed:
                 inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 inner.enable_input_require_grads()
@@ -219,7 +227,9 @@ class Rehearsal:
         products = nullcontext() if self._recomputed and asked.gradient else FastLinear()
         ids = torch.zeros(shape.sequences, shape.width, dtype=torch.long, device=self._device)
         seen = torch.ones(shape.sequences, 1, shape.width, shape.width, dtype=torch.bool, device=self._device)
-        layout = Layout(ids, ids.clone(), seen if shape.masked else None, ids, ids)
+        parts = segments(shape.stretches, shape.width, self._device) if shape.stretches else None
+        mask = seen[:, :, :1, :1] if parts else seen if shape.masked else None
+        layout = Layout(ids, ids.clone(), mask, ids, ids, segments=parts)
         picks = torch.zeros(shape.chosen, dtype=torch.long, device=self._device)
         with products, _causal():
             hidden, logits = passed(model, layout, picks, asked.vocabulary)

@@ -16,12 +16,14 @@ import torch
 
 from rlft.build import Material, served_model
 from rlft.config import Config, Local, Vllm
-from rlft.footprint import Asked, Rehearsal, Shape, adapted, bare
+from rlft.footprint import Asked, Rehearsal, Shape, adapted, bare, shallow
+from rlft.forward import REACH
 from rlft.machine import resident
 from rlft.memory import MODULES, Footprint, Process, Term
 from rlft.models import locate
-from rlft.packing import trunk_of
+from rlft.packing import Ways, apart, trunk_of
 from rlft.rewards.judge import base_of, checkpoint
+from rlft.segments import may
 from rlft.workload import Step, longest_step, prompts_of, recorded_steps, shapes
 
 MB = 2**20
@@ -240,6 +242,12 @@ class Forecast:
     def _recorded(self) -> list[Step]:
         return recorded_steps(self._stuff)
 
+    @cached_property
+    def _ways(self) -> Ways:
+        """How rows may be laid out, as far as a config says so; the learner measures it."""
+        packs, shares = apart(self._model, shares=False), apart(self._model, shares=True)
+        return Ways(packs, shares, shares and may(trunk_of(bare(shallow(self._model, 1), self._remote))))
+
     def activations(self, config: Config, rough: bool = False) -> tuple[int, int]:
         """Bytes of the largest micro-batch, and how many micro-batches an optimizer step has."""
         algorithm, learner = self._stuff.algorithm, config.learner
@@ -247,8 +255,9 @@ class Forecast:
         unit = algorithm.micro or algorithm.unit
         one = -(-len(step.whole) // learner.minibatches // unit) * unit
         soft = config.adapter.type in ("prompt_tuning", "prefix_tuning", "p_tuning", "multitask_prompt_tuning", "cpt")
-        budget = (learner.micro_tokens, learner.packing, soft)
-        made, parts = shapes(self._model, step.head(one), unit, *budget)
+        ways = Ways() if soft or learner.packing == "off" else self._ways
+        reach = REACH * self._text.hidden_size
+        made, parts = shapes(ways, reach, step.head(one), unit, learner.micro_tokens)
         if rough:
             return max(self._guess(shape, config) for shape in made), parts
         rehearsal = self._rehearsal(config)
@@ -264,7 +273,7 @@ class Forecast:
         kept = config.memory.keep
         found = [rehearsal.peak(shape, asked, kept) for shape in made]
         if any(need.endswith("logprobs") or need == "now_entropy" for need in algorithm.needs):
-            first = shapes(self._model, step, 1, *budget)[0][0]
+            first = shapes(ways, reach, step, 1, learner.micro_tokens)[0][0]
             if first not in made:  # else it took more with gradients
                 found.append(rehearsal.peak(first, Asked(gradient=False), kept))
         return max(found), parts

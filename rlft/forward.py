@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from rlft.algorithms.base import Outputs
 from rlft.batch import Batch
 from rlft.kernels import score
-from rlft.packing import Layout, Rows, exact, packed, padded, plan, trunk_of
+from rlft.packing import Layout, Rows, Ways, packed, padded, trunk_of, ways_of
 from rlft.policy import Policy
 from rlft.prefix import Split, split
 from rlft.types import InputError
@@ -44,7 +44,7 @@ class Forward:
         self._detached = detached
         self._packing = packing
         self._reach = REACH * policy.causal_lm.config.get_text_config().hidden_size
-        self._exact: WeakKeyDictionary[nn.Module, tuple[bool, bool]] = WeakKeyDictionary()
+        self._exact: WeakKeyDictionary[nn.Module, Ways] = WeakKeyDictionary()
         self.shares = can_share(policy) and head is None
         if packing == "on" and not self.packs():
             raise InputError(
@@ -54,24 +54,23 @@ class Forward:
 
     def packs(self, model: Any = None) -> bool:
         """Rows of this model (the policy's by default) are packed; measured at the first call."""
-        return self._measured(model or self._policy.model)[0]
+        return self._measured(model or self._policy.model).packs
 
-    def _measured(self, model: nn.Module) -> tuple[bool, bool]:
-        """Whether rows may be packed, and whether behind one prompt."""
+    def _measured(self, model: nn.Module) -> Ways:
+        """How this model's rows may be laid out."""
         trunk = None if self._packing == "off" or self._policy.prompts_learned else trunk_of(model)
         if trunk is None:
-            return False, False
+            return Ways()
         if trunk not in self._exact:
-            may = exact(trunk, shares=False)
-            self._exact[trunk] = may, may and exact(trunk, shares=True)
+            self._exact[trunk] = ways_of(trunk)
         return self._exact[trunk]
 
     def computed(self, batch: Batch) -> Callable[[Sequence[int]], int]:
         """A function that says how many tokens the policy computes, padding included, for some rows of the batch."""
         rows = Rows.of(batch)
-        packs, behind = self._measured(self._policy.model)
-        if packs:
-            return lambda some: plan(rows, some, self._reach, behind).tokens
+        ways = self._measured(self._policy.model)
+        if ways.packs:
+            return lambda some: ways.plan(rows, some, self._reach).tokens
         if not self.shares:
             return lambda some: len(some) * max(rows.whole[i] for i in some)
 
@@ -91,15 +90,14 @@ class Forward:
         `Algorithm.residual`.
         """
         model = model or self._policy.model
-        packs, behind = self._measured(model)
-        parts = split(batch) if self.shares and not packs and not logits and not residual else None
+        ways = self._measured(model)
+        parts = split(batch) if self.shares and not ways.packs and not logits and not residual else None
         if parts is not None:
             logprobs, entropy = self._shared(parts, model)
             return Outputs(_onto(batch.mask, logprobs), _onto(batch.mask, entropy))
-        if packs and len(batch):
+        if ways.packs and len(batch):
             rows = Rows.of(batch)
-            made = plan(rows, range(len(batch)), self._reach, behind)
-            layout = packed(batch.tokens, batch.valid, rows, made)
+            layout = packed(batch.tokens, batch.valid, rows, ways.plan(rows, range(len(batch)), self._reach))
         else:
             layout = padded(batch.tokens, batch.valid)
         if residual and batch.mask.any():

@@ -12,6 +12,7 @@ short, and the plan with the least tokens * (1 + w / reach) is taken.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 
 from rlft.batch import Batch
 from rlft.prefix import owners, prompt_lengths
+from rlft.segments import NAME, Segments, Stretch, may, segments
 
 WIDTHS = (1, 2, 3, 4, 6, 8)  # of sequences that are tried, in lengths of the longest row
 Piece = tuple[int, ...]  # rows that stand together behind one prompt
@@ -47,10 +49,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows stand in which sequence. width: of the longest sequence, to which the others are filled up."""
+    """Which rows stand in which sequence. width: of the longest sequence, to which the others are filled up.
+
+    segmented: attention is computed by segments, not with a mask.
+    """
 
     bins: tuple[tuple[Piece, ...], ...]
     width: int
+    segmented: bool = False
 
     @property
     def tokens(self) -> int:
@@ -72,6 +78,29 @@ def plan(rows: Rows, index: Sequence[int], reach: float, shares: bool) -> Plan:
         if times == 1 or (times - 1) * longest < sum(rows.whole[i] for i in index)
     ]
     return min(found, key=lambda one: one.tokens * (1 + one.width / reach))
+
+
+def whole(rows: Rows, index: Sequence[int]) -> Plan:
+    """One sequence without padding, each prompt once: for attention by segments, which no width makes dearer."""
+    pieces = [piece for _, piece in _pieces(rows, index, sys.maxsize, True)]
+    tokens = sum(rows.whole[i] - (rows.prompts[i] if n else 0) for piece in pieces for n, i in enumerate(piece))
+    return Plan((tuple(pieces),), tokens, segmented=True)
+
+
+def stretches(rows: Rows, pieces: Iterable[Piece]) -> Iterator[Stretch]:
+    """The pieces of one sequence end to end: a prompt that several rows share, then each row or what is left of it."""
+    start = 0
+    for piece in pieces:
+        shared = rows.prompts[piece[0]] if len(piece) > 1 else 0
+        root = start
+        if shared:
+            yield Stretch(start, shared)
+            start += shared
+        for i in piece:
+            rest = rows.whole[i] - shared
+            if rest:
+                yield Stretch(start, rest, root, shared)
+            start += rest
 
 
 def _pieces(rows: Rows, index: Sequence[int], width: int, shared: bool) -> Iterator[tuple[int, Piece]]:
@@ -135,8 +164,17 @@ def cut(
     rows = [i for start in order for i in range(start, start + unit)]
     while rows:
         some = unit * most(partial(_within, computed, rows, unit, budget), len(rows) // unit)
+        some = _ends(groups, rows, unit, some)
         yield rows[:some]
         rows = rows[some:]
+
+
+def _ends(groups: Sequence[int], rows: list[int], unit: int, some: int) -> int:
+    """So many rows or fewer that no group is parted, whose prompt would be computed twice; unless it is the first."""
+    if some == len(rows) or groups[rows[some - 1]] != groups[rows[some]]:
+        return some
+    first = next(i for i, row in enumerate(rows) if groups[row] == groups[rows[some]])
+    return first if first and first % unit == 0 else some
 
 
 def _within(computed: Callable[[Sequence[int]], int], rows: list[int], unit: int, budget: int, count: int) -> bool:
@@ -149,7 +187,7 @@ class Layout:
     """Where each token of a batch is computed: cell counts through `tokens` row by row; what padding has is not used.
 
     attention: None (causal, rows told apart by positions), which tokens are there, or who sees whom. embedded: what the
-    model reads in place of the tokens' own embeddings.
+    model reads in place of the tokens' own embeddings. segments: how attention is computed in place of a mask.
     """
 
     tokens: Int[Tensor, "n w"]
@@ -158,6 +196,7 @@ class Layout:
     cell: Int[Tensor, "b t"]
     used: Bool[Tensor, " nw"]
     embedded: Float[Tensor, "n w d"] | None = None
+    segments: Segments | None = None
 
     @property
     def given(self) -> dict[str, Any]:
@@ -168,6 +207,7 @@ class Layout:
             "attention_mask": self.attention,
             "position_ids": self.positions,
             "use_cache": False,
+            **({} if self.segments is None else {"segments": self.segments}),
         }
 
 
@@ -197,14 +237,19 @@ def packed(tokens: Int[Tensor, "b t"], valid: Bool[Tensor, "b t"], rows: Rows, m
                 branch[number, end : end + rest], root[number, end : end + rest] = count, trunk
                 end, count = end + rest, count + 1
     sharing = any(len(piece) > 1 for pieces in made.bins for piece in pieces)
-    attention = _seen(branch.to(tokens.device), root.to(tokens.device)) if sharing else None
+    parts, attention = None, None
+    if made.segmented:
+        parts = segments(list(stretches(rows, made.bins[0])), made.width, tokens.device)
+        attention = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)  # so that no mask is made
+    elif sharing:
+        attention = _seen(branch.to(tokens.device), root.to(tokens.device))
     cell = cell.to(tokens.device)
     filled = cell[valid]
     ids, at = torch.zeros(2, made.tokens, dtype=torch.long, device=tokens.device)
     ids[filled], at[filled] = tokens[valid], (valid.long().cumsum(1) - 1)[valid]
     used = torch.zeros(made.tokens, dtype=torch.bool, device=tokens.device)
     used[filled] = True
-    return Layout(ids.view(shape), at.view(shape), attention, cell, used)
+    return Layout(ids.view(shape), at.view(shape), attention, cell, used, segments=parts)
 
 
 def _seen(branch: Int[Tensor, "n w"], root: Int[Tensor, "n w"]) -> Bool[Tensor, "n 1 w w"]:
@@ -233,13 +278,38 @@ def apart(config: Any, shares: bool) -> bool:
     return not (shares and (windowed or "sliding_attention" in kinds))
 
 
-def exact(trunk: Any, shares: bool) -> bool:
+@dataclass(frozen=True)
+class Ways:
+    """How rows may be laid out: packed, behind a shared prompt, and with attention by segments."""
+
+    packs: bool = False
+    shares: bool = False
+    segmented: bool = False
+
+    def plan(self, rows: Rows, index: Sequence[int], reach: float) -> Plan:
+        """Of rows that are packed; see `plan`."""
+        return whole(rows, index) if self.segmented else plan(rows, index, reach, self.shares)
+
+
+def ways_of(trunk: Any) -> Ways:
+    """What is exact in this model, measured; where attention by segments is, the model goes over to it."""
+    if may(trunk):
+        before = trunk.config._attn_implementation
+        trunk.set_attn_implementation(NAME)
+        if exact(trunk, shares=True, segmented=True):
+            return Ways(True, True, True)
+        trunk.set_attn_implementation(before)
+    packs = exact(trunk, shares=False)
+    return Ways(packs, packs and exact(trunk, shares=True))
+
+
+def exact(trunk: Any, shares: bool, segmented: bool = False) -> bool:
     """Whether packed rows come out as each row alone does, measured on three short rows that begin alike.
 
     Against each row alone the sums run in another order, so that bound is wide: 4 eps of the dtype, at least 3e-4, of
     the largest number. Whether a row sees another is measured apart: the last one stays and the others become other
     tokens, in the same shapes, so that the order of the sums stays too. Windows and chunks that short rows do not fill
-    are read from the config. shares: with one prompt before all rows.
+    are read from the config. shares: with one prompt before all rows. segmented: with attention by segments.
     """
     if not apart(trunk.config, shares):
         return False
@@ -248,6 +318,7 @@ def exact(trunk: Any, shares: bool) -> bool:
     valid = torch.arange(6, device=device) < torch.tensor([[5], [3], [4]], device=device)
     rows = Rows([5, 3, 4], [2, 2, 2], [0, 0, 0])
     made = Plan((((0, 1, 2),) if shares else ((0,), (1,), (2,)),), 8 if shares else 12)
+    made = whole(rows, range(3)) if segmented else made
     others = tokens.clone()
     others[:2, 2 if shares else 0 :] += 1
     with torch.no_grad(), _calm(trunk):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rlft.allocation import stepped, uncut
+from rlft.fused import fuse
 from rlft.models import refuse_pickled
 from rlft.swap import Swap
 from rlft.types import InputError
@@ -213,6 +214,7 @@ class Policy:
             what = f"the adapter in {adapter['path']}" if saved else "these settings"
             raise InputError(f"adapter: PEFT refuses {what} for this model: {error}") from error
         _refuse_tied(model)
+        fuse(model)
         return model, saved
 
     def _refuse_unreachable(self, checkpoint: Collection[str]) -> None:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rlft.algorithms.base import Algorithm
 from rlft.build import Material
 from rlft.config import Config
 from rlft.footprint import Shape
-from rlft.forward import REACH
-from rlft.packing import Rows, apart, cut, plan
+from rlft.packing import Rows, Ways, cut, stretches
 
 LOOKED_AT = 256  # tasks whose prompts are measured
 
@@ -81,27 +79,24 @@ def recorded_steps(stuff: Material) -> list[Step]:
     return found
 
 
-def shapes(
-    model: Any, step: Step, unit: int, budget: int, packing: str, learned_prompts: bool
-) -> tuple[list[Shape], int]:
-    """The different micro-batches of a step, the largest few first, and how many there are."""
-    packs = packing != "off" and not learned_prompts and apart(model, shares=False)
-    behind = packs and apart(model, shares=True)
-    reach = REACH * model.get_text_config().hidden_size
+def shapes(ways: Ways, reach: float, step: Step, unit: int, budget: int) -> tuple[list[Shape], int]:
+    """The different micro-batches of a step, the largest few first, and how many. ways, reach: see packing."""
     rows = step.rows
-    laid = _packed(rows, reach, behind) if packs else _padded(rows)
+    laid = _packed(rows, reach, ways) if ways.packs else _padded(rows)
     parts = list(cut(step.whole, step.owner, unit, lambda some: laid(some)[0] * laid(some)[1], budget))
     found = set()
     for part in parts:
         sequences, width, masked = laid(part)
-        found.add(Shape(sequences, width, sum(step.chosen[i] for i in part), masked))
+        chosen = sum(step.chosen[i] for i in part)
+        placed = tuple(stretches(rows, ways.plan(rows, part, reach).bins[0])) if ways.segmented else ()
+        found.add(Shape(sequences, width, chosen, masked and not placed, placed))
     order = sorted(found, key=lambda one: -(one.tokens + one.chosen))
     return order[:2] + sorted(order[2:], key=lambda one: -one.tokens * one.width)[:1], len(parts)
 
 
-def _packed(rows: Rows, reach: float, behind: bool) -> Callable[[Sequence[int]], tuple[int, int, bool]]:
+def _packed(rows: Rows, reach: float, ways: Ways) -> Callable[[Sequence[int]], tuple[int, int, bool]]:
     def laid(some: Sequence[int]) -> tuple[int, int, bool]:
-        made = plan(rows, some, reach, behind)
+        made = ways.plan(rows, some, reach)
         alone = all(len(pieces) == 1 == len(pieces[0]) for pieces in made.bins)
         same = alone and len({rows.whole[i] for i in some}) == 1
         return len(made.bins), made.width, not same

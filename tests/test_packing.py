@@ -33,8 +33,9 @@ from rlft.algorithms.catalog import AlgorithmConfig
 from rlft.batch import Batch
 from rlft.forward import Forward
 from rlft.learner import Learner, Schedule
-from rlft.packing import Plan, Rows, exact, most, packed, plan, trunk_of
+from rlft.packing import Plan, Rows, Ways, exact, most, packed, plan, trunk_of, ways_of
 from rlft.policy import Policy
+from rlft.segments import NAME
 from rlft.types import NAN, Group, InputError, Sample, Task, Trajectory
 
 MakeGroups = Callable[..., list[Group]]
@@ -56,6 +57,16 @@ def in_double(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LlamaRMSNorm):
             module.__class__ = Norm
+
+
+@pytest.fixture(params=["segments", "masks"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by segments, and with masks as where a model takes no attention function."""
+    if request.param == "masks":
+        monkeypatch.setattr("rlft.packing.may", lambda trunk: False)
+
+
+both_ways = pytest.mark.usefixtures("way")
 
 
 def wide(path: Path, owned: Owned | None = None, packing: str = "on", **options: Any) -> Learner:
@@ -159,6 +170,7 @@ def close(found: Any, wanted: Any, tolerance: float) -> None:
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+@both_ways
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("recomputed", [False, True])
@@ -169,7 +181,7 @@ def test_trap_29_packed_rows_are_those_of_each_row_alone(
     learner = wide(tiny_model, Owned(head=2), gradient_checkpointing=recomputed)
     learner.policy.model.train()
     batch = double(Batch.of(drawn(shape), side=side))
-    assert (shape == "spread") == all(len(piece) == 1 for pieces in plan_of(batch).bins for piece in pieces)
+    assert (shape == "spread") == all(len(piece) == 1 for pieces in plan_of(learner, batch).bins for piece in pieces)
     found, wanted = learner.forward(batch, logits=True), in_loops(learner, batch)
     for name in ("logprobs", "entropy", "values", "scores", "logits"):
         close(getattr(found, name), getattr(wanted, name), 1e-10)
@@ -179,6 +191,7 @@ def test_trap_29_packed_rows_are_those_of_each_row_alone(
         assert float((gradient - slope[name]).abs().max()) <= 1e-10 * float(slope[name].abs().max()), name
 
 
+@both_ways
 @pytest.mark.parametrize("shape", SHAPES)
 def test_trap_29_in_float32(tiny_model: Path, shape: str) -> None:
     policy = Policy(tiny_model, LORA, device="cpu")
@@ -202,6 +215,7 @@ class Watched(nn.Module):
         return self.model(**given)
 
 
+@both_ways
 @pytest.mark.parametrize("shape", SHAPES)
 def test_trap_29_positions_restart_at_each_row_and_no_token_is_computed_twice(tiny_model: Path, shape: str) -> None:
     batch, learner = double(Batch.of(drawn(shape))), wide(tiny_model)
@@ -209,7 +223,7 @@ def test_trap_29_positions_restart_at_each_row_and_no_token_is_computed_twice(ti
     learner.forward(batch, model=watched)
     (given,) = watched.given
     rows = Rows.of(batch)
-    layout = packed(batch.tokens, batch.valid, rows, plan(rows, range(len(batch)), REACH, True))
+    layout = packed(batch.tokens, batch.valid, rows, plan_of(learner, batch))
     assert torch.equal(given["input_ids"], layout.tokens)
     for cell, valid, tokens in zip(layout.cell, batch.valid, batch.tokens, strict=True):
         assert torch.equal(given["position_ids"].flatten()[cell[valid]], torch.arange(int(valid.sum())))
@@ -217,6 +231,7 @@ def test_trap_29_positions_restart_at_each_row_and_no_token_is_computed_twice(ti
     assert given["input_ids"].numel() < batch.tokens.numel() / 1.5
 
 
+@both_ways
 @pytest.mark.parametrize("shape", SHAPES)
 def test_trap_29_attention_never_crosses_from_row_to_row(tiny_model: Path, shape: str) -> None:
     """Every token of a row's own changed, no other row's numbers change; and no gradient goes there."""
@@ -227,7 +242,7 @@ def test_trap_29_attention_never_crosses_from_row_to_row(tiny_model: Path, shape
     first = next(i for i in range(len(batch)) if int(batch.mask[i].sum()) > 3)
     said = batch.mask[first].long().cumsum(0) > 0
     other = batch.with_(tokens=torch.where(said & (torch.arange(len(batch)) == first)[:, None], 7, batch.tokens))
-    assert plan_of(other) == plan_of(batch)
+    assert plan_of(learner, other) == plan_of(learner, batch)
     changed = learner.forward(other)
     rest = torch.arange(len(batch)) != first
     for name in ("logprobs", "entropy", "values", "scores"):
@@ -235,11 +250,11 @@ def test_trap_29_attention_never_crosses_from_row_to_row(tiny_model: Path, shape
     assert float((changed.logprobs - whole.logprobs)[first].abs().max()) > 1e-3
 
 
-def plan_of(batch: Batch) -> Plan:
-    rows = Rows.of(batch)
-    return plan(rows, range(len(batch)), REACH, True)
+def plan_of(learner: Learner, batch: Batch) -> Plan:
+    return ways_of(trunk_of(learner.policy.model)).plan(Rows.of(batch), range(len(batch)), REACH)
 
 
+@both_ways
 @pytest.mark.parametrize("shape", SHAPES)
 def test_trap_29_no_gradient_reaches_what_another_row_read(tiny_model: Path, shape: str) -> None:
     learner, batch = wide(tiny_model), double(Batch.of(drawn(shape)))
@@ -253,7 +268,7 @@ def test_trap_29_no_gradient_reaches_what_another_row_read(tiny_model: Path, sha
     outputs = learner.forward(batch)
     hook.remove()
     rows = Rows.of(batch)
-    layout = packed(batch.tokens, batch.valid, rows, plan_of(batch))
+    layout = packed(batch.tokens, batch.valid, rows, plan_of(learner, batch))
     for i in batch.mask.any(1).nonzero().flatten().tolist():
         (slope,) = torch.autograd.grad(outputs.logprobs[i].sum(), read[0], retain_graph=True)
         touched = slope.flatten(0, 1).abs().sum(1) > 0
@@ -263,9 +278,12 @@ def test_trap_29_no_gradient_reaches_what_another_row_read(tiny_model: Path, sha
         assert torch.equal(touched, own)
 
 
-def test_trap_18_what_the_trunk_has_where_nothing_stands_reaches_no_gradient(tiny_model: Path) -> None:
+def test_trap_18_what_the_trunk_has_where_nothing_stands_reaches_no_gradient(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlft.packing.may", lambda trunk: False)  # by segments nothing is filled up
     learner, batch = wide(tiny_model, Owned(head=1)), double(Batch.of(drawn("mixed")))
-    layout = packed(batch.tokens, batch.valid, Rows.of(batch), plan_of(batch))
+    layout = packed(batch.tokens, batch.valid, Rows.of(batch), plan_of(learner, batch))
     assert not layout.used.all()
     wanted = gradients(learner, mixed_up(learner.forward(batch)))
 
@@ -410,21 +428,24 @@ def trunk(name: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(
-    ("name", "packs", "shares"),
+    ("name", "packs", "shares", "segmented"),
     [
-        ("llama", True, True),
-        ("learned positions", True, True),
-        ("eager", True, False),  # its masks are numbers to be added
-        ("windows", True, False),
-        ("states", False, False),
+        ("llama", True, True, True),
+        ("learned positions", True, True, True),
+        ("eager", True, False, False),  # its masks are numbers to be added
+        ("windows", True, False, False),
+        ("states", False, False, False),
     ],
 )
-def test_what_may_be_packed_is_measured(name: str, packs: bool, shares: bool) -> None:
+def test_what_may_be_packed_is_measured(name: str, packs: bool, shares: bool, segmented: bool) -> None:
     model = trunk(name).train()
     next(model.children()).eval()
     were = [module.training for module in model.modules()]
     assert exact(model, shares=False) is packs
     assert exact(model, shares=True) is shares
+    before = model.config._attn_implementation
+    assert ways_of(model).segmented is segmented
+    assert model.config._attn_implementation == (NAME if segmented else before)
     assert [module.training for module in model.modules()] == were
 
 
@@ -441,6 +462,7 @@ def test_a_little_of_another_row_is_too_much(dtype: torch.dtype) -> None:
         model.get_submodule("norm").register_forward_hook(leak)
         assert exact(model, shares=False) is packs
         assert exact(model, shares=True) is packs
+        assert ways_of(model) == Ways(packs, packs, packs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
