@@ -23,9 +23,10 @@ from torch.utils import _pytree as tree
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, masking_utils
 
-from rlft.forward import passed
+from rlft.forward import heard, passed
+from rlft.head import untrained
 from rlft.heap import Heap
-from rlft.kernels import FastLinear, score
+from rlft.kernels import FastLinear
 from rlft.packing import Layout, trunk_of
 from rlft.segments import NAME, Stretch, may, segments
 
@@ -232,11 +233,14 @@ class Rehearsal:
         layout = Layout(ids, ids.clone(), mask, ids, ids, segments=parts)
         picks = torch.zeros(shape.chosen, dtype=torch.long, device=self._device)
         with products, _causal():
-            hidden, logits = passed(model, layout, picks, asked.vocabulary)
+            plain = asked.vocabulary and not asked.distributions and shape.chosen
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+            head = inner.get_output_embeddings()
+            fused = head if plain and untrained(head) and trunk_of(model) is not None else None
+            hidden, logits, pair = heard(model, layout, picks, picks, 1.0, fused, asked.vocabulary)
             said = [] if hidden is None or not asked.head else [self._headed(hidden, asked)]
-            if logits is not None:
-                said += self._scored(logits, picks, asked)
-                del logits
+            said += self._also(logits, pair, asked)
+            del logits
             if asked.second:
                 hidden = passed(model, layout, picks, False)[0]
                 if hidden is not None:
@@ -250,13 +254,12 @@ class Rehearsal:
         )
         return nn.functional.linear(seen.to(weight.dtype), weight)
 
-    def _scored(self, logits: Tensor, picks: Tensor, asked: Asked) -> list[Tensor]:
-        logprobs, _ = score(logits, picks, 1.0)
-        if not asked.distributions:
-            return [logprobs]
+    def _also(self, logits: Tensor | None, pair: tuple[Tensor, Tensor], asked: Asked) -> list[Tensor]:
+        if logits is None or not asked.distributions:
+            return [pair[0]] if asked.vocabulary else []
         own, other = logits.float() / 1.5, logits.detach().float() / 1.5  # the other is the teacher's
         mine, theirs = own.log_softmax(-1), other.log_softmax(-1)
-        return [logprobs, (theirs.exp() * (theirs - mine)).sum(-1)]
+        return [pair[0], (theirs.exp() * (theirs - mine)).sum(-1)]
 
 
 def _period(config: Any) -> int:

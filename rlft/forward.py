@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from rlft.algorithms.base import Outputs
 from rlft.batch import Batch
+from rlft.head import plain_head, spoken, untrained
 from rlft.kernels import score
 from rlft.packing import Layout, Rows, Ways, packed, padded, trunk_of, ways_of
 from rlft.policy import Policy
@@ -45,6 +46,7 @@ class Forward:
         self._packing = packing
         self._reach = REACH * policy.causal_lm.config.get_text_config().hidden_size
         self._exact: WeakKeyDictionary[nn.Module, Ways] = WeakKeyDictionary()
+        self._heads: WeakKeyDictionary[nn.Module, nn.Linear | None] = WeakKeyDictionary()
         self.shares = can_share(policy) and head is None
         if packing == "on" and not self.packs():
             raise InputError(
@@ -64,6 +66,16 @@ class Forward:
         if trunk not in self._exact:
             self._exact[trunk] = ways_of(trunk)
         return self._exact[trunk]
+
+    def _plain(self, model: nn.Module) -> nn.Linear | None:
+        """The head for the vocabulary, where log-probs may be made from it without a matrix of logits; measured."""
+        trunk = None if self._policy.prompts_learned else trunk_of(model)
+        if trunk is None:
+            return None
+        if trunk not in self._heads:
+            self._heads[trunk] = plain_head(model, trunk)
+        head = self._heads[trunk]
+        return head if head is not None and untrained(head) else None
 
     def computed(self, batch: Batch) -> Callable[[Sequence[int]], int]:
         """A function that says how many tokens the policy computes, padding included, for some rows of the batch."""
@@ -107,13 +119,10 @@ class Forward:
     def _outputs(self, batch: Batch, layout: Layout, model: Any, logits: bool, vocabulary: bool) -> Outputs:
         headed = self._head is not None and model is self._policy.model
         row, column = batch.mask.nonzero(as_tuple=True)
-        hidden, picked = passed(model, layout, layout.cell[row, column - 1], vocabulary or not headed)
-        if picked is None:
-            unknown = torch.zeros(batch.mask.shape, device=batch.mask.device).masked_fill(batch.mask, torch.nan)
-            outputs = Outputs(unknown, unknown)
-        else:
-            logprobs, entropy = score(picked, batch.tokens[batch.mask], self._temperature)
-            outputs = Outputs(_onto(batch.mask, logprobs), _onto(batch.mask, entropy))
+        picks, targets = layout.cell[row, column - 1], batch.tokens[batch.mask]
+        head = self._plain(model) if vocabulary and not logits and len(picks) else None
+        hidden, picked, said = heard(model, layout, picks, targets, self._temperature, head, vocabulary or not headed)
+        outputs = Outputs(*(_onto(batch.mask, part) for part in said))
         if logits and picked is not None:
             made = picked.to(torch.promote_types(picked.dtype, torch.float32))
             outputs = replace(outputs, logits=made / self._temperature)
@@ -195,6 +204,24 @@ def can_share(policy: Policy) -> bool:
 def _onto(mask: Tensor, values: Tensor) -> Tensor:
     """One value per chosen token at its place, 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def heard(
+    model: Any, layout: Layout, picks: Tensor, targets: Tensor, temperature: float, head: Any, vocabulary: bool
+) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor]]:
+    """The last hidden states and the logits at `picks`, where they are made; the targets' log-probs and entropies.
+
+    head: a plain one, with which no logits are made. vocabulary: False where nobody asks for these; they are NaN then.
+    """
+    if head is not None:
+        trunk: Any = trunk_of(model)
+        hidden = trunk(**layout.given)[0].flatten(0, 1)
+        return hidden, None, spoken(hidden.index_select(0, picks), head, targets, temperature)
+    hidden, picked = passed(model, layout, picks, vocabulary)
+    if picked is None:
+        unknown = torch.full((len(picks),), torch.nan, device=picks.device)
+        return hidden, None, (unknown, unknown)
+    return hidden, picked, score(picked, targets, temperature)
 
 
 def passed(model: Any, layout: Layout, picks: Tensor, vocabulary: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -25,8 +25,8 @@ class FusedLinear(Linear):
         if name is None:
             return super().forward(x, *args, **kwargs)
         base, a, b = self.get_base_layer(), self.lora_A[name].weight, self.lora_B[name].weight
-        flat = x.reshape(-1, x.shape[-1])
-        return _Adapted.apply(flat, base.weight, base.bias, a, b, self.scaling[name]).view(*x.shape[:-1], len(b))
+        said = _Adapted.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, self.scaling[name])
+        return said.view(*x.shape[:-1], said.shape[-1])
 
     def _alone(self, x: Tensor) -> str | None:
         """The one adapter that is on, where it and its layer are plain and of the dtype of x."""

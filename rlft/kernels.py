@@ -124,23 +124,13 @@ NEVER = -1e4  # the logarithm of a probability that is 0, also in float64; of a 
 class _Score(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, norms = [], [], []
-        for block, target in zip(logits.split(ROWS), targets.split(ROWS), strict=True):
-            scaled = _scaled(block, temperature)
-            most = scaled.amax(-1, keepdim=True)
-            below = (scaled - most).clamp_(min=NEVER)
-            odds = below.exp()
-            total = odds.sum(-1)
-            rest = total.log()
-            norm = most[:, 0] + rest
-            logprobs.append(scaled.gather(-1, target[:, None]).squeeze(-1) - norm)
-            entropies.append(rest - torch.linalg.vecdot(odds, below) / total)
-            norms.append(norm)
-        entropy = torch.cat(entropies)
-        ctx.save_for_backward(logits, targets, torch.cat(norms), entropy)
+        parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+        found = [softened(block, target, temperature)[:3] for block, target in parts]
+        logprobs, entropy, norms = (torch.cat(part) for part in zip(*found, strict=True))
+        ctx.save_for_backward(logits, targets, norms, entropy)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        return torch.cat(logprobs), entropy
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,19 +142,39 @@ class _Score(torch.autograd.Function):
         parts = (tensor.split(ROWS) for tensor in (logits, targets, norms, to_chosen, out))
         for i, (block, target, norm, grad, into) in enumerate(zip(*parts, strict=True)):
             share = (grad / ctx.temperature)[:, None]
-            logged = _scaled(block, ctx.temperature) - norm[:, None]
+            logged = scaled(block, ctx.temperature) - norm[:, None]
             if grads[1] is None:
                 change = logged.exp_().mul_(-share)
-            else:  # dH / dz = - p (log p + H)
-                soft, rows = logged.exp(), slice(i * ROWS, i * ROWS + len(block))
-                per = (grads[1][rows] / ctx.temperature)[:, None]
-                change = soft * -share
-                change -= per * soft * (logged.masked_fill(soft == 0, 0.0) + entropies[rows, None])
+            else:
+                rows = slice(i * ROWS, i * ROWS + len(block))
+                change = logged.exp() * -share
+                change += entropy_slope(logged, entropies[rows]) * (grads[1][rows] / ctx.temperature)[:, None]
             into.copy_(change.scatter_add_(1, target[:, None], share))
         return out, None, None
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
+def softened(block: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of some rows of logits: the targets' log-probs, entropies, the logarithms of the norms, and the probabilities as
+    odds [n, v] and their sums [n]."""
+    logits = scaled(block, temperature)
+    most = logits.amax(-1, keepdim=True)
+    below = (logits - most).clamp_(min=NEVER)
+    odds = below.exp()
+    total = odds.sum(-1)
+    rest = total.log()
+    norm = most[:, 0] + rest
+    logprobs = logits.gather(-1, targets[:, None]).squeeze(-1) - norm
+    return logprobs, rest - torch.linalg.vecdot(odds, below) / total, norm, odds, total
+
+
+def entropy_slope(logged: Tensor, entropies: Tensor) -> Tensor:
+    """dH / dz = - p (log p + H), from log-probs [n, v] and entropies [n]."""
+    soft = logged.exp()
+    return -soft * (logged.masked_fill(soft == 0, 0.0) + entropies[:, None])
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """In at least float32, at a temperature; the tensor itself where that changes nothing."""
     wide = _wide(logits)
     return wide if temperature == 1 else wide / temperature
 

@@ -321,7 +321,7 @@ def exact(trunk: Any, shares: bool, segmented: bool = False) -> bool:
     made = whole(rows, range(3)) if segmented else made
     others = tokens.clone()
     others[:2, 2 if shares else 0 :] += 1
-    with torch.no_grad(), _calm(trunk):
+    with torch.no_grad(), calm(trunk):
         try:
             short = [row[there] for row, there in zip(tokens, valid, strict=True)]
             alone = torch.cat([trunk(input_ids=row[None], use_cache=False)[0][0] for row in short])
@@ -339,7 +339,7 @@ def _laid(trunk: Any, layout: Layout) -> Tensor:
 
 
 @contextmanager
-def _calm(module: nn.Module) -> Iterator[None]:
+def calm(module: nn.Module) -> Iterator[None]:
     """Without dropout; afterwards every part is as it was."""
     were = [(part, part.training) for part in module.modules()]
     module.eval()

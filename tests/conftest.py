@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import rlft  # noqa: F401  (first: it says how torch's threads wait, and torch reads that when it is loaded)
 
@@ -17,6 +19,7 @@ from rlft.types import NAN, Group, Sample, Task, Trajectory
 from tests.killing import Server
 
 MakeGroups = Callable[..., list[Group]]
+Watching = Callable[[Any], AbstractContextManager[list[dict[str, Any]]]]
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +70,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(kept)
+
+
+@contextmanager
+def _watched(policy: Any) -> Iterator[list[dict[str, Any]]]:
+    from rlft.packing import trunk_of
+
+    read: list[dict[str, Any]] = []
+    trunk: Any = trunk_of(policy.model)
+    hook = trunk.register_forward_pre_hook(lambda _, __, given: read.append(given), with_kwargs=True)
+    try:
+        yield read
+    finally:
+        hook.remove()
+
+
+@pytest.fixture(scope="session")
+def watched() -> Watching:
+    """While a block runs, what the policy's trunk is given, call by call."""
+    return _watched
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prefix": {"batch"},
     "segments": set(),
     "packing": {"batch", "prefix", "segments"},
+    "head": {"kernels", "packing"},
     # what is learned, the verdicts and the worlds never see each other, nor the engine
     "algorithms": {"batch"},
     # but a trained reward model must read a conversation as it did in training, through the same renderer
@@ -59,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": {"allocation", "fused", "models", "swap"},
     "reference": {"policy", "swap"},
     "ranks": set(),
-    "forward": {"policy", "batch", "prefix", "packing", "kernels", "algorithms.base"},
+    "forward": {"policy", "batch", "head", "prefix", "packing", "kernels", "algorithms.base"},
     "schedule": set(),
     "stepper": {"batch", "policy", "reference", "schedule"},
     "own": {"policy", "batch", "forward", "packing", "swap", "algorithms.base"},
@@ -112,7 +113,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": set(),
     "machine": set(),
     "heap": set(),
-    "footprint": {"forward", "fused", "heap", "kernels", "packing", "policy", "segments"},
+    "footprint": {"forward", "fused", "head", "heap", "kernels", "packing", "policy", "segments"},
     "workload": {"algorithms.base", "build", "config", "footprint", "packing"},
     "forecast": {
         "build",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,7 @@ from rlft.segments import NAME
 from rlft.types import NAN, Group, InputError, Sample, Task, Trajectory
 
 MakeGroups = Callable[..., list[Group]]
+Watching = Callable[[Any], AbstractContextManager[list[dict[str, Any]]]]
 LORA: dict[str, Any] = {"type": "lora", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 HUGE = 1_000_000
 REACH = 128.0
@@ -202,26 +204,16 @@ def test_trap_29_in_float32(tiny_model: Path, shape: str) -> None:
     assert float((one.entropy - each.entropy).abs().max()) <= 1e-6 * scale
 
 
-class Watched(nn.Module):
-    """A model that remembers what it was given."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.given: list[dict[str, Any]] = []
-
-    def forward(self, **given: Any) -> Any:
-        self.given.append(given)
-        return self.model(**given)
-
-
 @both_ways
 @pytest.mark.parametrize("shape", SHAPES)
-def test_trap_29_positions_restart_at_each_row_and_no_token_is_computed_twice(tiny_model: Path, shape: str) -> None:
+def test_trap_29_positions_restart_at_each_row_and_no_token_is_computed_twice(
+    tiny_model: Path, watched: Watching, shape: str
+) -> None:
     batch, learner = double(Batch.of(drawn(shape))), wide(tiny_model)
-    watched = Watched(learner.policy.model)
-    learner.forward(batch, model=watched)
-    (given,) = watched.given
+    learner.forward(batch)  # which measures what may be done
+    with watched(learner.policy) as read:
+        learner.forward(batch)
+    (given,) = read
     rows = Rows.of(batch)
     layout = packed(batch.tokens, batch.valid, rows, plan_of(learner, batch))
     assert torch.equal(given["input_ids"], layout.tokens)
@@ -258,6 +250,7 @@ def plan_of(learner: Learner, batch: Batch) -> Plan:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_trap_29_no_gradient_reaches_what_another_row_read(tiny_model: Path, shape: str) -> None:
     learner, batch = wide(tiny_model), double(Batch.of(drawn(shape)))
+    learner.forward(batch)  # which measures what may be done
     read: list[Tensor] = []
 
     def keep(_: Any, __: Any, out: Tensor) -> Tensor:
@@ -485,20 +478,22 @@ def test_rows_longer_than_a_sliding_window(tmp_path: Path) -> None:
     close(one.logprobs, each.logprobs, 1e-6)  # its norm rounds to float32
 
 
-def test_on_is_refused_and_auto_pads_where_rows_would_mix(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_is_refused_and_auto_pads_where_rows_would_mix(tiny_model: Path, watched: Watching) -> None:
     policy = Policy(tiny_model, LORA, device="cpu")
     policy.causal_lm.config.layer_types = ["chunked_attention"] * 2
     with pytest.raises(InputError, match=r"learner\.packing: .*learner\.packing=auto"):
         Forward(policy, 1.0, packing="on")
     batch = Batch.of(drawn("spread"))
-    watched = Watched(policy.model)
-    Forward(policy, 1.0, packing="auto")(batch, model=watched)
-    assert watched.given[0]["input_ids"].shape == batch.tokens.shape
+    padding = Forward(policy, 1.0, packing="auto")
+    padding(batch)
+    with watched(policy) as read:
+        padding(batch)
+    assert read[0]["input_ids"].shape == batch.tokens.shape
 
 
 def test_the_trunk_is_found_whatever_is_around_it(tiny_model: Path) -> None:
     policy = Policy(tiny_model, LORA, device="cpu")
-    assert trunk_of(Watched(policy.model)) is policy.causal_lm.model
+    assert trunk_of(nn.ModuleList([policy.model])) is policy.causal_lm.model
     assert trunk_of(nn.Linear(2, 2)) is None
 
 
