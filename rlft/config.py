@@ -236,6 +236,7 @@ class Config(Block):
     faults: Faults = Faults()
     show: Show = Show()
     memory: Memory = Memory()
+    profile: bool = Field(default=False, description="watch the second step, write a trace and say where it went")
     _from_environment: dict[tuple[str | int, ...], str] = PrivateAttr(default_factory=dict)
     track: tuple[str, ...] = Field(default=(), description=f"any of {', '.join(TRACKERS)}")
 

@@ -30,6 +30,7 @@ from rlft.policy import Policy
 from rlft.ranks import add_gradients, filled, gather, share, world
 from rlft.reference import Reference
 from rlft.schedule import Schedule
+from rlft.spans import span
 from rlft.stepper import Skipped, Stepper
 from rlft.types import NAN
 
@@ -127,7 +128,8 @@ class Learner:
             if math.isfinite(loss):
                 self._hold(metrics, step, newest, shuffling)
             rate, count, newest = self.stepper.rate, count + 1, None
-            taken = self.stepper.take(loss)
+            with span("optimizer"):
+                taken = self.stepper.take(loss)
             if taken.skipped:
                 rows = self._unsound(step, algorithm)
                 self.skipped.append(Skipped(step, loss, taken.norm, taken.unsound, rows))
@@ -312,12 +314,14 @@ class Learner:
     def _backward(self, part: Batch, algorithm: Algorithm) -> tuple[float, Metrics, Outputs]:
         """Add the gradient of a micro-batch; its loss, metrics and forward pass."""
         with self._products():
-            outputs = self._outputs(part, algorithm)
-            loss, metrics = algorithm.loss(outputs, part)
-            if loss.requires_grad:
-                loss.backward()
-            if self.second is not None:
-                self.second.backward()
+            with span("forward"):
+                outputs = self._outputs(part, algorithm)
+                loss, metrics = algorithm.loss(outputs, part)
+            with span("backward"):
+                if loss.requires_grad:
+                    loss.backward()
+                if self.second is not None:
+                    self.second.backward()
         return float(loss.detach()), metrics, outputs
 
     def _unsound(self, step: Batch, algorithm: Algorithm) -> tuple[int, ...]:

@@ -27,6 +27,7 @@ from rlft.hooks import Around, run_folder
 from rlft.lock import FILE as LOCK
 from rlft.lock import refuse_in_use, sole_writer
 from rlft.parity import Gate, Mismatch, bounds_of
+from rlft.profiling import Profile, ProfiledRun, watched_sync
 from rlft.settings import dump, load, shown
 from rlft.terminal import Terminal
 from rlft.track import Record, trackers
@@ -142,7 +143,7 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
         write_config(folder, config)  # only now: overrides that the checkpoint does not fit must not stay
         note(folder, config, start)
         around = Around(parts, record, checkpoints, terminal)
-        run = Run(config.steps, parts.source, stuff.algorithm, parts.trainee, _sync(parts), around)
+        run = _made(parts, around, start, folder, terminal)
         run.differs = _gated(parts, terminal)
         try:
             with _interruptible(run.stop, terminal):
@@ -159,6 +160,16 @@ async def _session(stuff: Material, folder: Path, newest: int | None, terminal: 
         record.close()
         if parts is not None:
             await parts.close()
+
+
+def _made(parts: Parts, around: Around, start: int, folder: Path, terminal: Terminal) -> Run:
+    """The run, watched where the config asks for it."""
+    config = parts.material.config
+    given = (config.steps, parts.source, parts.material.algorithm, parts.trainee)
+    if not config.profile:
+        return Run(*given, _sync(parts), around)
+    watch = Profile(folder, config.steps - start, terminal.say)
+    return ProfiledRun(*given, watched_sync(watch, _sync(parts)), around, profile=watch)
 
 
 def _sync(parts: Parts) -> Callable:

@@ -25,6 +25,7 @@ from rlft.batch import Batch
 from rlft.engine.base import Delta, Engine, Full, Mark
 from rlft.lock import Scratch
 from rlft.policy import Policy
+from rlft.spans import span
 from rlft.types import NAN, InputError, RunError, Sample, Sampling, Task, Trajectory
 
 # The largest gap between the log-probs of engine and learner, per dtype. Measured: 1e-4 in float32 on a CPU
@@ -78,10 +79,13 @@ class Sync:
     async def __call__(self, policy: Policy, version: int) -> Report:
         """Send, then prove. Raises RunError with the likeliest causes when a proof fails."""
         begun = time.perf_counter()
-        marks = await self.send(policy, version)
+        with span("send"):
+            marks = await self.send(policy, version)
         sent = time.perf_counter()
-        wrong = await self.account(marks, version)
-        gap, strange = await self.behave(policy, version)
+        with span("account"):
+            wrong = await self.account(marks, version)
+        with span("behave"):
+            gap, strange = await self.behave(policy, version)
         if self._deterministic:
             await self._engine.forget()
         if wrong or strange:
