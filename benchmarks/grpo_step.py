@@ -61,7 +61,15 @@ def ours(name: str, folder: Path) -> tuple[Outcome, list[list[Row]], list[list[s
     config, *overrides = TABLES[name]["given"]
     steps, out = TABLES[name]["steps"], folder / "run"
     command = [sys.executable, "-m", "rlft.cli", "train", str(ROOT / "configs" / f"{config}.yaml"), f"out={out}"]
-    given = [f"steps={steps}", "data.eval=null", "eval.every=0", "learner.scheduler=constant", *COMMON, *overrides]
+    given = [
+        f"steps={steps}",
+        "data.eval=null",
+        "eval.every=0",
+        "eval.accuracy=null",
+        "learner.scheduler=constant",
+        *COMMON,
+        *overrides,
+    ]
     done = subprocess.run([*command, *given], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"rlft failed:\n{done.stderr[-3000:]}")
