@@ -45,7 +45,7 @@ Cut = Callable[[Learner], AbstractContextManager[Any]]
 def _peft(learner: Learner) -> Iterator[None]:
     layers = [part for part in learner.policy.model.modules() if type(part) is FusedLinear]
     for layer in layers:
-        layer.__class__ = Linear
+        layer.__class__ = Linear  # pyright: ignore[reportAttributeAccessIssue]
     yield
     for layer in layers:
         layer.__class__ = FusedLinear

@@ -122,7 +122,7 @@ class Forward:
         picks, targets = layout.cell[row, column - 1], batch.tokens[batch.mask]
         head = self._plain(model) if vocabulary and not logits and len(picks) else None
         hidden, picked, said = heard(model, layout, picks, targets, self._temperature, head, vocabulary or not headed)
-        outputs = Outputs(*(_onto(batch.mask, part) for part in said))
+        outputs = Outputs(_onto(batch.mask, said[0]), _onto(batch.mask, said[1]))
         if logits and picked is not None:
             made = picked.to(torch.promote_types(picked.dtype, torch.float32))
             outputs = replace(outputs, logits=made / self._temperature)

@@ -42,7 +42,7 @@ def plain_head(model: Any, trunk: nn.Module) -> nn.Linear | None:
     Measured on a hidden state that is made up and large, so that a cap shows as well as a scale.
     """
     inner = next(part for part in model.modules() if isinstance(part, PreTrainedModel))
-    head = inner.get_output_embeddings()
+    head: Any = inner.get_output_embeddings()
     if not untrained(head):
         return None
     weight, draw = head.weight, torch.Generator().manual_seed(0)

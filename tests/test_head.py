@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from rlft import forward
+import rlft.forward as forward
 from rlft.batch import Batch
 from rlft.head import plain_head, spoken, untrained
 from rlft.packing import trunk_of
