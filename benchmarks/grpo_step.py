@@ -128,14 +128,14 @@ def measure(name: str, rounds: int, micro: int) -> dict[str, Any]:
     middle = {phase: statistics.median(s for one in found["rlft"] for s in one.extra[phase]) for phase in PHASES}
     dropped = statistics.fmean(s for one in found["rlft"] for s in one.extra["dropped"])
     sampled = statistics.fmean(s for one in found["rlft"] for s in one.extra["tokens"])
-    lengths = [64 * s for one in found["trl"] for s in one.extra["completions/mean_length"]]
+    others = statistics.fmean(s for one in found["trl"] for s in one.extra["sampled"])
     return {
         "table": name,
         **ratios(found),
         **{f"rlft_{phase}": seconds for phase, seconds in middle.items()},
         "dropped_tokens": dropped,
         "sampled_rlft": sampled,
-        "sampled_trl": statistics.fmean(lengths),
+        "sampled_trl": others,
         **agreed,
     }
 
