@@ -22,7 +22,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from benchmarks.spec import Outcome, Row, Spec, forget_peak, mark
+from benchmarks.spec import Outcome, Spec, forget_peak, mark
 
 trl: Any = importlib.import_module("trl")  # not in the lock, so nothing is known of its types
 SAMPLED: list[int] = []  # tokens of each live step
@@ -30,15 +30,28 @@ ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type
 
 
 class Watch(TrainerCallback):
-    """Seconds per optimizer step, and the gradient of the last one."""
+    """Seconds and trained tokens (by TRL's own masks) per optimizer step, and the gradient of the last one."""
 
     def __init__(self, keep: bool) -> None:
         self.seconds: list[float] = []
+        self.tokens: list[int] = []
         self.gradient: dict[str, torch.Tensor] = {}
         self._keep = keep
         self._begun = 0.0
 
+    def counting(self, trainer: Any) -> None:
+        """Count what each micro-batch's loss is made of, from the trainer's own masks."""
+        plain = trainer.compute_loss
+
+        def counted(model: Any, inputs: Any, *given: Any, **more: Any) -> Any:
+            mask = inputs["completion_mask"] if "completion_mask" in inputs else inputs["labels"] != -100
+            self.tokens[-1] += int(mask.sum())
+            return plain(model, inputs, *given, **more)
+
+        trainer.compute_loss = counted
+
     def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.tokens.append(0)
         self._begun = time.perf_counter()
 
     def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
@@ -162,11 +175,6 @@ def dpo(spec: Spec, model: Any, tokenizer: Any, folder: str) -> Any:
 TRAINERS = {"grpo": grpo, "sft": sft, "dpo": dpo}
 
 
-def tokens(step: list[Row]) -> int:
-    """Tokens that an optimizer step is trained on."""
-    return sum(len(row.said) for row in step)
-
-
 def main() -> None:
     """SPEC ANSWER MODEL [--gradient]"""
     given, answer, path = sys.argv[1:4]
@@ -177,11 +185,11 @@ def main() -> None:
         trainer = TRAINERS[spec.kind](spec, policy(path), tokenizer, folder)
         watch = Watch("--gradient" in sys.argv)
         trainer.add_callback(watch)
+        watch.counting(trainer)
         trainer.train()
     if watch.gradient:
         save_file(watch.gradient, f"{answer}.gradient")
-    trained = [tokens(step) for step in spec.steps]
-    outcome = Outcome(watch.seconds, trained, mark() - before, f"{answer}.gradient", {"sampled": SAMPLED})
+    outcome = Outcome(watch.seconds, watch.tokens, mark() - before, f"{answer}.gradient", {"sampled": SAMPLED})
     Path(answer).write_text(json.dumps(vars(outcome)))
 
 

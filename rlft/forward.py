@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from rlft.algorithms.base import Outputs
 from rlft.batch import Batch
-from rlft.head import plain_head, spoken, untrained
+from rlft.head import plain_head, spoken, untrained, with_hidden
 from rlft.kernels import score
 from rlft.packing import Layout, Rows, Ways, packed, padded, trunk_of, ways_of
 from rlft.policy import Policy
@@ -250,11 +250,7 @@ def _picking(trunk: nn.Module, picks: Tensor, kept: list[Tensor]) -> Iterator[No
 
     def pick(_: Any, __: Any, out: Any) -> Any:
         kept.append(out[0].flatten(0, 1))
-        some = kept[0].index_select(0, picks)[None]
-        if isinstance(out, tuple):
-            return (some, *out[1:])
-        out.last_hidden_state = some
-        return out
+        return with_hidden(out, kept[0].index_select(0, picks)[None])
 
     hook = trunk.register_forward_hook(pick)
     try:

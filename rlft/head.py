@@ -35,6 +35,14 @@ def untrained(head: Any) -> bool:
     return plain and not any(p.requires_grad for p in head.parameters())
 
 
+def with_hidden(out: Any, hidden: Tensor) -> Any:
+    """What a trunk gave, with another last hidden state."""
+    if isinstance(out, tuple):
+        return (hidden, *out[1:])
+    out.last_hidden_state = hidden
+    return out
+
+
 @torch.no_grad()
 def plain_head(model: Any, trunk: nn.Module) -> nn.Linear | None:
     """The model's head, if its logits are this linear layer of the trunk's last hidden state and nothing more.
@@ -48,13 +56,7 @@ def plain_head(model: Any, trunk: nn.Module) -> nn.Linear | None:
     weight, draw = head.weight, torch.Generator().manual_seed(0)
     large = (30 * torch.randn(1, 2, weight.shape[1], generator=draw)).to(weight.device, weight.dtype)
 
-    def replaced(_: Any, __: Any, out: Any) -> Any:
-        if isinstance(out, tuple):
-            return (large, *out[1:])
-        out.last_hidden_state = large
-        return out
-
-    hook = trunk.register_forward_hook(replaced)
+    hook = trunk.register_forward_hook(lambda _, __, out: with_hidden(out, large))
     try:
         with calm(trunk):
             found = model(input_ids=torch.tensor([[5, 6]], device=weight.device), use_cache=False).logits

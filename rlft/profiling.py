@@ -32,6 +32,7 @@ class Profile:
     steps: int
     say: Callable[[str], None]
     _step: int = 0
+    _number: int = 0
     _profiler: Any = None
 
     def begin(self, step: int) -> None:
