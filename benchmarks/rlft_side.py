@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch.nn.utils import get_total_norm
 
 from benchmarks.spec import Outcome, Row, Spec, forget_peak, mark
 from benchmarks.work import Shape, ceiling, useful
@@ -57,7 +58,8 @@ def main() -> None:
             batch = batch.with_(logprobs=learner.logprobs(batch))
         if "--gradient" in sys.argv and i == len(spec.steps) - 1:
             found = learner.gradients(batch, algorithm)
-            save_file({name: grad.contiguous() for name, grad in found.items()}, f"{answer}.gradient")
+            scale = min(1.0, schedule.max_grad_norm / float(get_total_norm(found.values())))  # clipped, as TRL's is
+            save_file({name: grad.mul(scale).contiguous() for name, grad in found.items()}, f"{answer}.gradient")
             tokens.append(int(batch.mask.sum()))
             break
         most = max(ceiling(shape, 1024).values())
