@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import product
 from typing import Any
 
-from rlft.config import Config, Local
+from rlft.config import Config
+from rlft.config_rollout import Local
 from rlft.memory import Footprint, Room
 
 LEARNED = 10.0  # the price of learning something else

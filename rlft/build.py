@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 
 from rlft.agents import Agents, Syncs, Trainee, learners, refuse_together, refuse_unservable, synced
+from rlft.ahead import Ahead
 from rlft.algorithms.base import Algorithm
 from rlft.chance import undisturbed
 from rlft.chat import Chat
-from rlft.config import Config, Local, Vllm
+from rlft.config import Config
 from rlft.config_data import Generated, Rows
+from rlft.config_rollout import Local, Vllm
 from rlft.data import Row, check_lengths, of_answers, prompt_lengths, read, recorded
 from rlft.data import tasks as read_tasks
 from rlft.directions import directed
@@ -64,7 +67,7 @@ class Material:
 
 @dataclass
 class Parts:
-    """Everything that is alive in a run. trainee: what learns, a learner or several agents'."""
+    """Everything that is alive in a run. trainee: what learns, a learner or several agents'. learning: see `Run`."""
 
     material: Material
     policy: Policy
@@ -76,6 +79,7 @@ class Parts:
     sync: Sync | Syncs | None = None
     evaluation: Evaluation | None = None
     served: int | None = None
+    learning: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def learner(self) -> Learner:
@@ -103,13 +107,17 @@ class Parts:
         }
 
     async def refill(self) -> None:
-        """Bring what a lost engine served into the one that was started in its place."""
-        version, self.served = self.served, None
-        if version is not None:
-            await self.serve(version)
+        """Bring the weights into the engine that was started in a lost one's place: those there are once nothing is
+        being learned, which are a version newer where the lost one was sampling ahead.
+        """
+        async with self.learning:
+            version, self.served = self.served, None
+            if version is not None:
+                await self.serve(max(version, self.learner.version))
 
     async def close(self) -> None:
         """Leave nothing behind."""
+        await self.source.close()
         if self.sync is not None:
             self.sync.close()
         if self.engine is not None:
@@ -235,6 +243,8 @@ def _connect(parts: Parts, player: Player, reward: Reward) -> None:
         parts.source = Rollouts(stuff.tasks, players, reward, *sizes, config.seed, draws, parts.faults.sampled)
         if stuff.algorithm.refill:
             parts.source = Refilled(parts.source, parts.select, rollout.tasks_per_step, rollout.rounds)
+        if rollout.ahead:
+            parts.source = Ahead(parts.source, rollout.ahead)
     if stuff.held_out and config.reward is not None:
         component = config.eval.accuracy or config.reward.components()[0]
         samples, fixed = config.eval.samples, rollout.deterministic

@@ -5,9 +5,9 @@ YAML with `key=value` overrides. Which blocks are unions is decided by `type`: a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from rlft.algorithms.catalog import AlgorithmConfig
 from rlft.allocation import ranks_problem
@@ -15,6 +15,7 @@ from rlft.config_agents import Agents, agents_problem
 from rlft.config_data import Block, Data
 from rlft.config_memory import Memory
 from rlft.config_parity import Parity
+from rlft.config_rollout import Rollout
 from rlft.envs.catalog import EnvConfig, SingleTurnConfig
 from rlft.rewards.catalog import RewardConfig
 
@@ -51,80 +52,6 @@ class Adapter(BaseModel):
     def settings(self) -> dict[str, Any] | None:
         """What the policy is built from; None for full fine-tuning."""
         return None if self.type == "none" else self.model_dump()
-
-
-class Vllm(Block):
-    """vLLM, on a GPU or a CPU."""
-
-    type: Literal["vllm"] = "vllm"
-    place: Literal["here", "worker"] = Field(default="here", description="in this process, or in one of its own")
-    patience: float = Field(
-        default=120.0, ge=3, description="worker: seconds without a sign of life or of progress before it is replaced"
-    )
-    context: int | None = Field(
-        default=None, ge=2, description="most tokens of prompt and completion; default: what is needed"
-    )
-    max_sequences: int = Field(default=128, ge=1, description="how many requests advance together")
-    cache_gb: float | None = Field(default=None, gt=0, description="memory for keys and values; default on a CPU: 1")
-    memory_fraction: float | None = Field(default=None, gt=0, le=1, description="of the GPU; default there: 0.4")
-    options: dict[str, Any] = Field(default_factory=dict, description="any other engine argument of vLLM")
-
-
-class Local(Block):
-    """transformers: slower, runs any model."""
-
-    type: Literal["local"] = "local"
-    place: Literal["here", "worker"] = Field(default="here", description="in this process, or in one of its own")
-    patience: float = Field(
-        default=120.0, ge=3, description="worker: seconds without a sign of life or of progress before it is replaced"
-    )
-    context: int | None = Field(
-        default=None, ge=2, description="most tokens of prompt and completion; default: what is needed"
-    )
-    max_sequences: int = Field(default=128, ge=1, description="how many requests advance together")
-
-
-class Draw(Block):
-    """How the policy is sampled for training."""
-
-    temperature: float = Field(default=1.0, gt=0, description="the learner divides its logits by the same")
-    max_tokens: int = Field(default=128, ge=1, description="per turn")
-    stop: tuple[str, ...] = Field(default=(), description="strings that end a completion")
-    top_p: float = Field(default=1.0, description="must be 1, see below")
-    top_k: int = Field(default=0, description="must be 0")
-    min_p: float = Field(default=0.0, description="must be 0")
-
-    @model_validator(mode="after")
-    def _whole_distribution(self) -> Draw:
-        for name, neutral in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-            value = getattr(self, name)
-            if value != neutral and not (name == "top_k" and value == -1):
-                raise ValueError(
-                    f"{name}={value:g} cuts the distribution that is sampled from, and the learner would score another "
-                    f"one, so every ratio would be wrong. Leave {name} at {neutral:g}; sample colder with temperature."
-                )
-        return self
-
-
-class Rollout(Block):
-    """How a step's groups are made. For recorded data only `tasks_per_step` counts, and the engine if there is eval."""
-
-    engine: Annotated[Vllm | Local, Field(discriminator="type")] = Vllm()
-    tasks_per_step: int = Field(default=8, ge=1, description="tasks (recorded: groups) per step")
-    group_size: int = Field(default=8, ge=1, description="samples per task")
-    rounds: int = Field(
-        default=10, ge=1, description="how often a step is sampled at most, where the algorithm keeps only some groups"
-    )
-    sampling: Draw = Draw()
-    deterministic: bool = Field(
-        default=True,
-        description="forget cached prompts after each evaluation and proof: a resumed run is equal",
-    )
-
-    @field_validator("engine", mode="before")
-    @classmethod
-    def _typed(cls, value: Any) -> Any:
-        return {"type": "vllm", **value} if isinstance(value, dict) and "type" not in value else value
 
 
 class Learner(Block):
@@ -245,6 +172,16 @@ class Config(Block):
     def _none(cls, value: Any) -> Any:
         return {"type": value or "none"} if value is None or isinstance(value, str) else value
 
+    @field_validator("algorithm")
+    @classmethod
+    def _made_up_for(cls, knobs: AlgorithmConfig, info: ValidationInfo) -> AlgorithmConfig:
+        """Samples of older weights are corrected for, unless somebody says otherwise."""
+        rollout, fields = info.data.get("rollout"), type(knobs).model_fields
+        silent = "correction" in fields and "correction" not in knobs.model_fields_set
+        if rollout is None or not rollout.ahead or not silent or getattr(knobs, "old", None) == "rollout":
+            return knobs
+        return knobs.model_copy(update={"correction": "truncate"})
+
     @field_validator("track", mode="before")
     @classmethod
     def _known(cls, value: Any) -> Any:
@@ -276,7 +213,7 @@ class Config(Block):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         problems = (_reward_problem, _turn_problem, _group_problem, _source_problem, _dropout_problem, _adapter_problem)
-        for problem in (*problems, _direction_problem, _sync_problem, agents_problem):
+        for problem in (*problems, _direction_problem, _sync_problem, _ahead_problem, agents_problem):
             reason = problem(self)
             if reason:
                 raise ValueError(reason)
@@ -391,8 +328,21 @@ def _adapter_problem(config: Config) -> str | None:
 
 
 def _sync_problem(config: Config) -> str | None:
-    if config.sync.type == "adapter" and isinstance(config.rollout.engine, Local):
+    if config.sync.type == "adapter" and config.rollout.engine.type == "local":
         return "sync.type: the local engine takes merged weights only; set sync.type=merged or auto"
     if config.sync.type == "adapter" and config.adapter.type == "none":
         return "sync.type: there is no adapter to send; set sync.type=merged or auto"
+    return None
+
+
+def _ahead_problem(config: Config) -> str | None:
+    if not config.rollout.ahead:
+        return None
+    if not config.online:
+        return "rollout.ahead: the data are recorded, so nothing is sampled beforehand; remove it"
+    if config.rollout.engine.place == "here":
+        return (
+            "rollout.ahead: the engine is in this process, where sampling and learning take turns; "
+            "set rollout.engine.place=worker, or rollout.ahead=0"
+        )
     return None

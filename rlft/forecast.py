@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from rlft.build import Material, served_model
-from rlft.config import Config, Local, Vllm
+from rlft.config import Config
+from rlft.config_rollout import Local, Vllm
 from rlft.footprint import Asked, Rehearsal, Shape, adapted, bare, shallow
 from rlft.forward import REACH
 from rlft.machine import resident

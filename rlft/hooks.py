@@ -46,7 +46,7 @@ class Around:
     async def after(self, step: int, groups: list[Group], chosen: list[Group], metrics: dict[str, float]) -> None:
         """See `Hooks.after`."""
         begun = time.perf_counter()
-        row = summary(groups) | metrics | self._writing
+        row = summary(groups) | metrics | self._lag(step, chosen) | self._writing
         self._writing = {}
         learned = learners(self._parts.trainee)
         for credited in (learner.credited for learner in learned):
@@ -71,6 +71,13 @@ class Around:
         if self._due(self._config.show.every, step):
             self._terminal.samples(step, groups, self._config.show.samples)
         self._faults.step = step + 1
+
+    def _lag(self, step: int, chosen: list[Group]) -> dict[str, float]:
+        """By how many versions what was trained on was older than the weights it moved, where sampling goes ahead."""
+        if not self._parts.source.overlaps:
+            return {}
+        ages = [step - 1 - sample.version for group in chosen for t in group for sample in t.samples]
+        return {"rollout/lag": sum(ages) / max(len(ages), 1)}
 
     def keep(self, step: int) -> None:
         """Save what was learned up to `step`, if that is not done yet."""

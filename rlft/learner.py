@@ -122,7 +122,8 @@ class Learner:
             return {"tokens/trained": 0.0, "learner/lr": rate, **self._refreshed()}
         batch = self.credited = algorithm.credit(self.fill(batch, algorithm.needs))
         losses, norms, parts, trained, rate, count = [], [], [], 0, 0.0, 0
-        newest, shuffling = _newest(batch, algorithm), self.generator.get_state()
+        fresh = newest = self._newest(batch, algorithm)
+        shuffling = self.generator.get_state()
         for step in map(partial(self._prepared, algorithm=algorithm), self._cut(batch, algorithm.unit)):
             loss, metrics, tokens = self._accumulate(step, algorithm, newest)
             if math.isfinite(loss):
@@ -142,7 +143,7 @@ class Learner:
             trained += tokens
         self.stepper.pass_over(self.schedule.epochs * self.schedule.minibatches - count)
         self.version += 1
-        parts = parts or ([] if self.skipped else [self._glance(batch, algorithm)])
+        parts = parts or ([] if self.skipped else [self._glance(batch, algorithm, fresh)])
         return {
             "loss/total": sum(losses) / len(losses) if losses else NAN,
             "loss/grad_norm": sum(norms) / len(norms) if norms else NAN,
@@ -156,8 +157,8 @@ class Learner:
 
     def _hold(self, parts: list[Metrics], step: Batch, newest: int | None, shuffling: Tensor) -> None:
         """The parity gate before the first optimizer step; where it raises, the same update can be begun again."""
-        if newest is None or newest < self.version:
-            return  # also where the weights have moved on since the newest row was sampled
+        if newest is None or newest > int(step.version.max()):
+            return
         try:
             self.gate(merge(parts), step)
         except Mismatch:
@@ -273,7 +274,7 @@ class Learner:
         return map(torch.tensor, cut(whole, groups, unit, self._computed(batch), self.schedule.micro_tokens))
 
     @torch.no_grad()
-    def _glance(self, batch: Batch, algorithm: Algorithm) -> Metrics:
+    def _glance(self, batch: Batch, algorithm: Algorithm, newest: int | None) -> Metrics:
         """The metrics of one micro-batch of a batch in which nothing moves the weights, so that the log has no gap."""
         step = self._prepared(batch, algorithm)
         rows = next(self._micro(step, algorithm.micro or algorithm.unit))
@@ -283,12 +284,12 @@ class Learner:
         with self._products():
             outputs = self._outputs(part, algorithm)
             metrics = algorithm.loss(outputs, part)[1]
-        return {**metrics, **gaps(outputs, part, _newest(batch, algorithm), self.gate.bounds)}
+        return {**metrics, **gaps(outputs, part, newest, self.gate.bounds)}
 
     def _accumulate(self, batch: Batch, algorithm: Algorithm, newest: int | None) -> tuple[float, list[Metrics], int]:
         """Add up the gradient of one optimizer step over its micro-batches.
 
-        newest: the version of the newest rows, which parity is measured on; None: it is not measured.
+        newest: the version of rows that parity is measured on; None: it is not measured.
         """
         unit = algorithm.micro or algorithm.unit
         kept = batch if algorithm.dense else batch.rows(_moves(batch, unit))
@@ -351,6 +352,12 @@ class Learner:
         learned = {name: p for name, p in self.own.named_parameters() if name in self.owned.learned}
         return replace(outputs, scalars={**numbers, **learned})
 
+    def _newest(self, batch: Batch, algorithm: Algorithm) -> int | None:
+        """The version of rows that parity is measured on, the learner's own unless rows are said to be newer; None
+        where no log-probs are made.
+        """
+        return max(int(batch.version.max()), self.version) if algorithm.vocabulary else None
+
     def _refreshed(self) -> dict[str, float]:
         return {} if self.reference is None else self.reference.metrics()
 
@@ -366,11 +373,6 @@ def _moves(batch: Batch, unit: int) -> Tensor:
     share = torch.where(batch.mask, batch.advantages * batch.weights, 0.0)
     moving = (share != 0).any(1).view(-1, unit).any(1)
     return moving.repeat_interleave(unit).nonzero().flatten()
-
-
-def _newest(batch: Batch, algorithm: Algorithm) -> int | None:
-    """The version of the newest rows, which parity is measured on; None where no log-probs are made."""
-    return int(batch.version.max()) if algorithm.vocabulary else None
 
 
 def _zero_groups(batch: Batch) -> float:

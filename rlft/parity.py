@@ -99,7 +99,7 @@ def gaps(outputs: Outputs, batch: Batch, newest: int | None, bounds: Bounds) -> 
     """How far the learner's log-probs are from the rollout's, before the first step on them.
 
     Rows of an older version differ because the weights moved on, and are reported apart. NaN: nobody sampled it.
-    newest: the version of the newest rows; None: nothing is compared.
+    newest: the version of the rows that count as fresh; None: nothing is compared.
     """
     if newest is None:
         return {}

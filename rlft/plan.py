@@ -9,7 +9,8 @@ import torch
 
 from rlft.algorithms.catalog import entries
 from rlft.build import Material, material, served_model
-from rlft.config import Config, Local
+from rlft.config import Config
+from rlft.config_rollout import Local
 from rlft.envs.catalog import entries as envs
 from rlft.fits import described
 from rlft.footprint import adapted, bare
@@ -62,7 +63,7 @@ def catalog(what: str) -> dict[str, str]:
 
 
 def _engines() -> list[Any]:
-    from rlft.config import Vllm
+    from rlft.config_rollout import Vllm
 
     return [Vllm, Local]
 

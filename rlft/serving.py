@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlft.config import Local, Vllm
+from rlft.config_rollout import Local, Vllm
 from rlft.engine.base import Engine
 from rlft.engine.local import LocalEngine
 from rlft.engine.restart import Restarting

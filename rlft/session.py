@@ -167,9 +167,9 @@ def _made(parts: Parts, around: Around, start: int, folder: Path, terminal: Term
     config = parts.material.config
     given = (config.steps, parts.source, parts.material.algorithm, parts.trainee)
     if not config.profile:
-        return Run(*given, _sync(parts), around)
+        return Run(*given, _sync(parts), around, learning=parts.learning)
     watch = Profile(folder, config.steps - start, terminal.say)
-    return ProfiledRun(*given, watched_sync(watch, _sync(parts)), around, profile=watch)
+    return ProfiledRun(*given, watched_sync(watch, _sync(parts)), around, learning=parts.learning, profile=watch)
 
 
 def _sync(parts: Parts) -> Callable:

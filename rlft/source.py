@@ -21,9 +21,11 @@ class Source(Protocol):
     """Gives the groups of one step. online: they are sampled from the weights that the engine serves now.
 
     selected: what of the last groups is trained on, where the source has selected already; else None.
+    overlaps: it goes on drawing between one `next` and the other, so that learning must not hold up the event loop.
     """
 
     online: bool
+    overlaps: bool
     metrics: dict[str, float]
     selected: list[Group] | None
 
@@ -31,9 +33,29 @@ class Source(Protocol):
         """The next step's groups; the state moves on only once they are complete."""
         ...
 
+    async def settled(self) -> None:
+        """Nothing is being drawn any more until `next` is called: weights may change, and the state may be read."""
+        ...
+
+    async def close(self) -> None:
+        """Draw no more, not even what was begun."""
+        ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Still:
+    """A source that draws in `next` alone."""
+
+    overlaps = False
+
+    async def settled(self) -> None:
+        """See `Source.settled`: it always is."""
+
+    async def close(self) -> None:
+        """See `Source.close`: there is nothing to end."""
 
 
 class Deck:
@@ -54,7 +76,7 @@ class Deck:
         return self._orders[epoch][offset]
 
 
-class Rollouts:
+class Rollouts(Still):
     """Plays `tasks_per_step` tasks, `group_size` times each, with the weights that the engine serves now.
 
     watch: is shown the groups once they are judged. Where it raises, they have not been drawn.
@@ -110,7 +132,7 @@ class Rollouts:
         self._position = int(state["position"])
 
 
-class Recorded:
+class Recorded(Still):
     """Groups that were written down: demonstrations, pairs, scored completions."""
 
     online = False
@@ -138,7 +160,7 @@ class Recorded:
         self._position = int(state["position"])
 
 
-class Refilled:
+class Refilled(Still):
     """Samples on until `select` has kept `n` groups, at most `rounds` times; then the step takes what there is.
 
     Dynamic sampling (Yu et al. 2025, arXiv:2503.14476), but nothing that was kept is thrown away: groups
@@ -184,15 +206,15 @@ class Refilled:
 
     def state_dict(self) -> dict[str, Any]:
         """How much has been drawn, and the groups that wait, token by token."""
-        return {**self._inner.state_dict(), "waiting": [[_written(t) for t in group] for group in self._waiting]}
+        return {**self._inner.state_dict(), "waiting": [[written(t) for t in group] for group in self._waiting]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; a state of the source alone will do."""
         self._inner.load_state_dict(state)
-        self._waiting = [tuple(_read(t) for t in group) for group in state.get("waiting", [])]
+        self._waiting = [tuple(read(t) for t in group) for group in state.get("waiting", [])]
 
 
-def _written(trajectory: Trajectory) -> dict[str, Any]:
+def written(trajectory: Trajectory) -> dict[str, Any]:
     """A trajectory as JSON, without the columns of its task that JSON does not know."""
     return {
         "task": trajectory.task.id,
@@ -219,8 +241,8 @@ def _is_json(value: Any) -> bool:
         return False
 
 
-def _read(written: Mapping[str, Any]) -> Trajectory:
-    """What `_written` wrote."""
+def read(written: Mapping[str, Any]) -> Trajectory:
+    """What `written` wrote."""
     return Trajectory(
         Task(written["task"], tuple(written["prompt"]), written.get("info", {})),
         tuple(written["messages"]),

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from rlft.agents import Trainee
@@ -43,7 +44,7 @@ class Run:
     """What it takes to train. sync: brings the learner's weights of a version into the engine, and proves it.
 
     differs: what to do when the learner's log-probs are not the engine's, and nothing was learned from them yet. It
-    raises, or opens the gate so that the run goes on.
+    raises, or opens the gate so that the run goes on. learning: is held while the learner's weights are changed.
     """
 
     steps: int
@@ -53,6 +54,7 @@ class Run:
     sync: Callable[[int], Awaitable[dict[str, float]]]
     hooks: Hooks
     differs: Callable[[Mismatch, list[Group]], Awaitable[None]] = refused
+    learning: asyncio.Lock = field(default_factory=asyncio.Lock)
     stopping: bool = False
     complete: int | None = None  # the step that learner and source stand after; None in the middle of one
     _drawing: asyncio.Task[list[Group]] | None = field(default=None, repr=False)
@@ -72,13 +74,21 @@ class Run:
             self._drawing = None
 
     async def learn(self, chosen: list[Group]) -> dict[str, float]:
-        """Update the learner; what to log."""
-        batch = Batch.of(chosen)
+        """Update the learner, in a thread of its own where the source goes on drawing; what to log."""
+        update = partial(self.learner.update, Batch.of(chosen), self.algorithm)
         while True:
             try:
-                return self.learner.update(batch, self.algorithm)
+                async with self.learning:
+                    return await asyncio.to_thread(update) if self.source.overlaps else update()
             except Mismatch as found:
+                await self.source.settled()
                 await self.differs(found, chosen)
+
+    async def settle(self) -> dict[str, float]:
+        """Wait until nothing is sampled from the weights that are about to change; how long that took."""
+        begun = time.perf_counter()
+        await self.source.settled()
+        return {"time/settle": time.perf_counter() - begun} if self.source.overlaps else {}
 
     def stop(self) -> None:
         """End after the step that is being learned; a step that is still being sampled is not begun."""
@@ -88,7 +98,9 @@ class Run:
 
 
 async def train(run: Run, start: int = 0) -> None:
-    """Steps `start + 1` to `run.steps`. Step n trains on samples of version n - 1 and makes version n."""
+    """Steps `start + 1` to `run.steps`. Step n trains on samples of version n - 1 and makes version n; on older ones
+    where the source draws ahead.
+    """
     await run.sync(start)
     await run.hooks.before(start)
     step = run.complete = start
@@ -103,6 +115,7 @@ async def train(run: Run, start: int = 0) -> None:
         chosen = algorithm.select(groups) if run.source.selected is None else run.source.selected
         metrics = {**run.source.metrics, **await run.learn(chosen)}
         metrics["time/learn"] = time.perf_counter() - drawn
+        metrics |= await run.settle()
         metrics |= await run.sync(step)
         metrics["time/step"] = time.perf_counter() - begun
         await run.hooks.after(step, groups, chosen, metrics)

@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recover": {"chance"},
     "rollout": {"player", "draws", "recover"},
     "source": {"player", "rollout"},
+    "ahead": {"source"},
     "evaluate": {"player", "recover", "rollout"},
     # learning
     "swap": set(),
@@ -94,9 +95,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config_agents": {"config_data"},
     "config_memory": {"config_data"},
     "config_parity": {"config_data"},
+    "config_rollout": {"config_data"},
     "config": {
         "config_memory",
         "config_parity",
+        "config_rollout",
         "allocation",
         "config_agents",
         "config_data",
@@ -109,7 +112,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal": set(),
     "faults": {"checkpoint", "secrets", "stepper", "track", "whole"},
     "hooks": {"agents", "batch", "build", "chance", "checkpoint", "faults", "terminal", "track", "evaluate"},
-    "serving": {"build", "config", "engine", "faults", "policy", "sync"},
+    "serving": {"config_rollout", "build", "config", "engine", "faults", "policy", "sync"},
     "unfit": {"config", "data", "rewards.base"},
     "build": {ANYTHING},
     # memory, before a weight is loaded
@@ -119,6 +122,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "footprint": {"forward", "fused", "head", "heap", "kernels", "packing", "policy", "segments"},
     "workload": {"algorithms.base", "build", "config", "footprint", "packing"},
     "forecast": {
+        "config_rollout",
         "build",
         "config",
         "footprint",
@@ -131,7 +135,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "segments",
         "workload",
     },
-    "afford": {"config", "memory"},
+    "afford": {"config_rollout", "config", "memory"},
     "fits": {"afford", "build", "config", "forecast", "machine", "memory"},
     # what a command does
     "session": {
@@ -156,7 +160,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "trainer",
         "whole",
     },
-    "plan": {"build", "config", "fits", "footprint", "algorithms.catalog", "rewards.catalog", "envs.catalog"},
+    "plan": {
+        "config_rollout",
+        "build",
+        "config",
+        "fits",
+        "footprint",
+        "algorithms.catalog",
+        "rewards.catalog",
+        "envs.catalog",
+    },
     "after": {"build", "config", "settings", "session", "chat", "checkpoint", "learner", "models", "policy"},
     "environment": {"config", "models", "whole"},
     "replay": {"algorithms.base", "batch", "build", "checkpoint", "config", "draws", "learner", "session", "track"},

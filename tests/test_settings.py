@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from rlft.config import Config, Local, Vllm
+from rlft.config import Config
 from rlft.config_data import Generated
+from rlft.config_rollout import Local, Vllm
 from rlft.settings import dump, load, validate
 from rlft.types import InputError
 

@@ -16,7 +16,7 @@ from rlft.chat import Chat
 from rlft.engine.local import LocalEngine
 from rlft.envs.single_turn import SingleTurn
 from rlft.player import Player
-from rlft.source import Deck, Recorded, Refilled, Rollouts, Source
+from rlft.source import Deck, Recorded, Refilled, Rollouts, Source, Still
 from rlft.types import Group, Reward, Sampling, Task, Trajectory
 
 SIZE = 7
@@ -159,7 +159,7 @@ def _differing(groups: Sequence[Group]) -> list[Group]:
     return [g for g in groups if len({t.score for t in g}) > 1]
 
 
-class _Listed:
+class _Listed(Still):
     """A source that gives what it is told, `step` groups at a time."""
 
     online = True
