@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from rlft.kernels import product
+from rlft.kernels import product, thin
 
 
 class FusedLinear(Linear):
@@ -58,7 +58,7 @@ class _Adapted(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
-        low = x @ a.t()
+        low = thin(x, a)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scaling = scaling
         return product(x, weight, bias).addmm_(low, b.t(), alpha=scaling)
@@ -67,8 +67,8 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low = ctx.saved_tensors
         grad = grads[0]
-        to_low = (grad @ b).mul_(ctx.scaling)
+        to_low = thin(grad, b.t()).mul_(ctx.scaling)
         to_x = product(grad, weight.t()).addmm_(to_low, a) if ctx.needs_input_grad[0] else None
-        to_a = to_low.t() @ x if ctx.needs_input_grad[3] else None
-        to_b = (low.t() @ grad).t().mul(ctx.scaling) if ctx.needs_input_grad[4] else None
+        to_a = thin(to_low.t(), x.t()) if ctx.needs_input_grad[3] else None
+        to_b = thin(low.t(), grad.t()).t().mul(ctx.scaling) if ctx.needs_input_grad[4] else None
         return to_x, None, None, to_a, to_b, None

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 THIN = 64  # below it, a matrix of an adapter: oneDNN's set-up costs more than the product (40 us of 50)
+WORTH = 2**21  # multiplications from which that is no longer so
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -68,8 +69,12 @@ class FastLinear(TorchFunctionMode):
 
 
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.ndim == 2 and x.numel() > 0
-    return AVAILABLE and plain and min(weight.shape) >= THIN and (bias is None or bias.dtype == torch.float32)
+    return _plain(x, weight) and min(weight.shape) >= THIN and (bias is None or bias.dtype == torch.float32)
+
+
+def _plain(x: Tensor, weight: Tensor) -> bool:
+    alike = x.dtype == weight.dtype == torch.float32 and weight.ndim == 2 and x.numel() > 0
+    return AVAILABLE and x.device.type == "cpu" and alike
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -77,6 +82,15 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if _fits(a, b, bias):
         return _product(a, b, bias)
     return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
+
+
+def thin(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T where one of them has few rows, such as an adapter's; twice as fast by oneDNN once a is long enough.
+
+    Measured with 16 rows: 2048 x 1536 by 1536 x 16 in 0.29 against 0.64 ms, 16 x 2048 by 2048 x 1536 in 0.38 against
+    0.97 ms. The few rows must be `a`'s or `b` as it lies in memory, not the columns that a transposed b would be read by.
+    """
+    return _product(a, b) if a.shape[0] * b.numel() >= WORTH and _plain(a, b) else a @ b.t()
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
