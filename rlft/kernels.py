@@ -88,7 +88,7 @@ def thin(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T where one of them has few rows, such as an adapter's; twice as fast by oneDNN once a is long enough.
 
     Measured with 16 rows: 2048 x 1536 by 1536 x 16 in 0.29 against 0.64 ms, 16 x 2048 by 2048 x 1536 in 0.38 against
-    0.97 ms. The few rows must be `a`'s or `b` as it lies in memory, not the columns that a transposed b would be read by.
+    0.97 ms. The few rows are best a's: 1536 x 2048 by 2048 x 16 takes three times as long as without.
     """
     return _product(a, b) if a.shape[0] * b.numel() >= WORTH and _plain(a, b) else a @ b.t()
 
