@@ -166,6 +166,20 @@ def charged_to_go(batch: Batch, credit: Credit, kl: float) -> Batch:
     return filled.with_(advantages=paid.to(filled.advantages.dtype))
 
 
+def to_go(batch: Batch, credit: Credit, share: float) -> Batch:
+    """`credit`, plus `share` of what is paid at this and the row's later tokens.
+
+    Payments stand in `rewards`: an environment's, a reward's that judges turn by turn, or a block's gain in the chance
+    of success (`progress`). Of the latter, what is still to come has the mean 0 at every place, the chance there being
+    its baseline, as in VinePPO (Kazemnejad et al. 2024, arXiv:2410.01679).
+    """
+    filled = credit(batch)
+    paid = torch.where(batch.valid, batch.rewards, 0.0).double()
+    later = paid.flip(1).cumsum(1).flip(1)
+    more = torch.where(batch.mask, filled.advantages.double() + share * later, 0.0)
+    return filled.with_(advantages=more.to(filled.advantages.dtype))
+
+
 def overlong(batch: Batch, credit: Credit, limit: int, buffer: int) -> Batch:
     """`credit` after DAPO's soft punishment (Yu et al. 2025, arXiv:2503.14476, eq. 13) is added to the scores.
 

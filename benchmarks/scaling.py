@@ -95,7 +95,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes[2].plot(
         tokens, [2 * logits * n for n in tokens], color="#999999", ls="--", label="logits and their gradient alone"
     )
-    axes[2].set(xlabel="trained tokens in one pass", ylabel="MiB", ylim=(0, None), xlim=(0, None))
+    highest = 1.25 * max(row["peak_mib"] for row in some)
+    axes[2].set(xlabel="trained tokens in one pass", ylabel="MiB", ylim=(0, highest), xlim=(0, None))
     axes[2].legend(frameon=False)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

@@ -99,6 +99,15 @@ def scored(judge: Reward, name: str, weight: float = 1.0, record: bool = True) -
     return reward
 
 
+def pay(trajectory: Trajectory, name: str, payments: Sequence[tuple[int, int, float]]) -> None:
+    """Put amounts into the samples' rewards, each at a sample and token, in place of what was paid under this name."""
+    for sign, some in ((-1, trajectory.paid.pop(name, ())), (1, payments)):
+        for sample, token, amount in some:
+            trajectory.samples[sample].rewards[token] += sign * amount
+    if payments:
+        trajectory.paid[name] = list(payments)
+
+
 def each(verdict: Callable[[Trajectory], float | None]) -> Reward:
     """A reward from a quick function of one trajectory. It runs on the event loop, so it must not wait for anything."""
 

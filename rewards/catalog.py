@@ -16,6 +16,7 @@ from rlft.rewards.directed import along
 from rlft.rewards.match import Exact, Number
 from rlft.rewards.math import Math
 from rlft.rewards.model import Model
+from rlft.rewards.progress import by_block
 from rlft.rewards.shape import Format, Length
 from rlft.rewards.turns import turn_by_turn
 from rlft.types import Reward
@@ -104,6 +105,37 @@ class PerTurn(Config):
         return self
 
 
+class Progress(Config):
+    """Another reward's verdict, and what every block of the answer gains in the chance of it, paid where it ends."""
+
+    type: Literal["progress"] = "progress"
+    of: RewardConfig = Field(description="Any reward; its mean over samples from a place is the chance of success.")
+    blocks: int = Field(default=4, ge=2, description="Blocks of an answer at most, of nearly the same length.")
+    samples: int = Field(default=2, ge=1, description="Answers sampled from the end of each block but the last.")
+    tokens: int = Field(default=16, ge=1, description="Tokens of each at most.")
+    force: str = Field(default=" The answer is", description="Said there first, so that the policy answers at once.")
+    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="What a gain is multiplied by.")
+
+    def build(self, name: str | None = None) -> Reward:
+        name = name or self.type
+        knobs = (self.blocks, self.samples, self.tokens, self.force, self.scale)
+        return scored(by_block(self.of.build(f"{name}/of"), name, self.weight, *knobs), name, self.weight)
+
+    def components(self, name: str | None = None) -> list[str]:
+        name = name or self.type
+        return [name, *self.of.components(f"{name}/of")]
+
+    @property
+    def by_turn(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def _of_answers(self) -> Progress:
+        if self.of.by_turn:
+            raise ValueError("of: what is paid on the way already cannot be judged so again; name the inner reward")
+        return self
+
+
 class Directed(Config):
     """The components of another reward, each times its part in the direction that the task asks for."""
 
@@ -133,11 +165,12 @@ class Directed(Config):
 
 
 RewardConfig = Annotated[
-    Exact | Number | Math | Format | Length | Model | Weighted | Directed | PerTurn | Custom,
+    Exact | Number | Math | Format | Length | Model | Weighted | Directed | PerTurn | Progress | Custom,
     Field(discriminator="type"),
 ]
 Weighted.model_rebuild()
 PerTurn.model_rebuild()
+Progress.model_rebuild()
 Directed.model_rebuild()
 
 

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+from rlft.rewards.base import pay
 from rlft.types import Group, Reward, Said, Sample, Trajectory
 
-Pay = Callable[[Sequence[float]], list[float]]
+Shares = Callable[[Sequence[float]], list[float]]
 
 
 def each_its_own(verdicts: Sequence[float]) -> list[float]:
@@ -35,10 +36,10 @@ def last_only(verdicts: Sequence[float]) -> list[float]:
     return [0.0] * (len(verdicts) - 1) + list(verdicts[-1:])
 
 
-PAY: dict[str, Pay] = {"sum": each_its_own, "improvement": improvement, "last": last_only}
+PAY: dict[str, Shares] = {"sum": each_its_own, "improvement": improvement, "last": last_only}
 
 
-def turn_by_turn(inner: Reward, name: str, components: Sequence[str], pay: str, weight: float = 1.0) -> Reward:
+def turn_by_turn(inner: Reward, name: str, components: Sequence[str], share: str, weight: float = 1.0) -> Reward:
     """A reward that pays the verdicts of `inner`, times `weight`, where the turns end, and itself returns 0.
 
     It returns None, and pays nothing, where any turn has no verdict. The metrics of the last turn become the
@@ -53,7 +54,9 @@ def turn_by_turn(inner: Reward, name: str, components: Sequence[str], pay: str, 
         for trajectory, turns, own in zip(group, parts, verdicts, strict=True):
             present = [verdict for verdict in own if verdict is not None]
             whole = len(present) == len(own) and bool(own)
-            _pay(trajectory, name, [weight * part for part in PAY[pay](present)] if whole else [0.0] * len(own))
+            shares = [weight * part for part in PAY[share](present)] if whole else []
+            ends = [(turn.sample, turn.end) for turn in trajectory.turns[: len(shares)]]
+            pay(trajectory, name, [(*end, amount) for end, amount in zip(ends, shares, strict=True)])
             _log(trajectory, turns, components, missing=not whole)
             found.append(0.0 if whole else None)
         return found
@@ -84,14 +87,6 @@ async def _judged(inner: Reward, parts: Sequence[Sequence[Trajectory]]) -> list[
     ]
     judged = [iter(verdicts) for verdicts in await asyncio.gather(*(inner(column) for column in columns))]
     return [[next(judged[i]) for i in range(len(own))] for own in parts]
-
-
-def _pay(trajectory: Trajectory, name: str, amounts: list[float]) -> None:
-    """Put the amounts where the turns end, in place of what stands there under the same name."""
-    before = trajectory.paid.get(name) or [0.0] * len(amounts)
-    for turn, old, new in zip(trajectory.turns, before, amounts, strict=True):
-        trajectory.samples[turn.sample].rewards[turn.end] += new - old
-    trajectory.paid[name] = amounts
 
 
 def _log(trajectory: Trajectory, turns: Sequence[Trajectory], components: Sequence[str], missing: bool) -> None:

@@ -16,6 +16,7 @@ from rlft.config_rollout import Local
 from rlft.memory import Footprint, Room
 
 LEARNED = 10.0  # the price of learning something else
+LEARNING = ("learner.optimizer", "adapter.r")  # the keys that do
 Change = tuple[float, dict[str, Any]]  # price, and keys with their new values
 NONE: Change = (0.0, {})
 
@@ -54,7 +55,9 @@ def changed(config: Config, keys: Mapping[str, Any]) -> Config:
         for part in path:
             block = block[part]
         block[leaf] = value
-    return Config.model_validate(plain)
+    made = Config.model_validate(plain)
+    made.from_environment.update(config.from_environment)  # what came from there is never written out
+    return made
 
 
 def written(keys: Mapping[str, Any]) -> str:

@@ -12,8 +12,10 @@ from rlft.config_data import Block
 class Memory(Block):
     """What is done with freed memory, and said before a run that will not fit."""
 
-    check: Literal["warn", "refuse", "off"] = Field(
-        default="warn", description="warn: say so and go on; refuse: only what is well above it; off: no prediction"
+    check: Literal["warn", "refuse", "adapt", "off"] = Field(
+        default="warn",
+        description="warn: say so and go on; refuse: only what is well above it; adapt: take the cheapest change that "
+        "costs time alone; off: no prediction",
     )
     keep: bool = Field(
         default=True,

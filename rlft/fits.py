@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlft.afford import cheapest, written
-from rlft.build import Material
+from rlft.afford import LEARNING, changed, cheapest, written
+from rlft.build import Material, material
 from rlft.config import Config
 from rlft.forecast import Forecast
 from rlft.machine import available, shared_memory
@@ -37,6 +37,11 @@ class Verdict:
     def hopeless(self) -> bool:
         """It would hardly fit even if the prediction were too high."""
         return self.room.lacks(self.footprint, MARGIN)
+
+    @property
+    def harmless(self) -> bool:
+        """There is a change with which it fits, and the same is learned with it."""
+        return self.keys is not None and not set(LEARNING) & set(self.keys)
 
     @property
     def said(self) -> str:
@@ -89,20 +94,27 @@ def described(stuff: Material) -> list[str]:
     return [verdict.said, *verdict.footprint.lines]
 
 
-def check(stuff: Material, say: Callable[[str], None]) -> None:
-    """Before a run: warn, or raise InputError, as `memory.check` says."""
+def fitted(stuff: Material, say: Callable[[str], None]) -> Material:
+    """Before a run: the material as it is, after a warning where it will not fit, or with the cheapest change made.
+
+    As `memory.check` says. Raises InputError where that is to refuse.
+    """
     wish = stuff.config.memory.check
     if wish == "off":
-        return
+        return stuff
     try:
         verdict = judged(stuff, rough=True)
     except Exception:  # no prediction is no reason to stop a run; `rlft plan` says why there is none
-        return
+        return stuff
     if verdict.fits:
-        return
+        return stuff
     if wish == "refuse" and verdict.hopeless:
         raise InputError(f"memory: {verdict.said}. To try it all the same: memory.check=warn")
     say(f"memory: {verdict.said}")
+    if wish != "adapt" or not verdict.harmless or verdict.keys is None:
+        return stuff
+    say("memory: that change is made, and written into the run's config")
+    return material(changed(stuff.config, verdict.keys))
 
 
 def _first(error: Exception) -> str:

@@ -25,6 +25,7 @@ from rlft.checkpoint import Checkpoints, restore, restore_policy
 from rlft.config import Config
 from rlft.draws import waits
 from rlft.learner import Learner
+from rlft.rewards.base import pay
 from rlft.session import of_run
 from rlft.track import read_groups
 from rlft.types import Group, InputError, Reward, Task, Trajectory
@@ -255,10 +256,8 @@ async def _score(groups: Sequence[Group], config: Config, algorithm: Algorithm) 
 
 def _clear(trajectory: Trajectory) -> None:
     """Forget what rewards said; what the environment paid stays."""
-    for amounts in trajectory.paid.values():
-        for turn, amount in zip(trajectory.turns, amounts, strict=True):
-            trajectory.samples[turn.sample].rewards[turn.end] -= amount
-    trajectory.paid.clear()
+    for name in list(trajectory.paid):
+        pay(trajectory, name, [])
     trajectory.metrics.clear()
 
 

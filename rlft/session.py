@@ -22,7 +22,7 @@ from rlft.config import Config
 from rlft.environment import FILE as ENVIRONMENT
 from rlft.environment import note
 from rlft.faults import Faults
-from rlft.fits import check
+from rlft.fits import fitted
 from rlft.hooks import Around, run_folder
 from rlft.lock import FILE as LOCK
 from rlft.lock import refuse_in_use, sole_writer
@@ -40,8 +40,7 @@ STOPPED = 130
 
 def begin(config: Config, terminal: Terminal) -> int:
     """Train from the start in a new folder. Returns the exit code."""
-    stuff = material(config)
-    check(stuff, terminal.say)
+    stuff = fitted(material(config), terminal.say)
     folder = run_folder(config.out, config.name)
     refuse_in_use(folder)
     _refuse_occupied(folder)
@@ -80,8 +79,7 @@ def _further_session(config: Config, folder: Path, terminal: Terminal) -> int:
     if newest is not None and newest >= config.steps:
         terminal.say(f"{folder} is finished: step {newest} of {config.steps}. Train longer with steps=...")
         return 0
-    stuff = material(config)
-    check(stuff, terminal.say)
+    stuff = fitted(material(config), terminal.say)
     return _run(_session(stuff, folder, newest, terminal))
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from rlft.explore import explorable
 from rlft.player import Player, derive_seed
 from rlft.rollout import rollout
 from rlft.types import Draw, Group, Reward, Said, Sample, Task, Trajectory
@@ -112,7 +113,8 @@ class Rollouts(Still):
         """See `Source.next`."""
         tasks = [self._tasks[self._deck.at(self._position + i)] for i in range(self._count)]
         seed = derive_seed(self._seed, "rollout", self._position)
-        groups, clock = await rollout(self._player, self._reward, tasks, self._group_size, seed, self._draws)
+        with explorable(self._player):
+            groups, clock = await rollout(self._player, self._reward, tasks, self._group_size, seed, self._draws)
         self._watch(groups)
         self._position += self._count
         self.metrics = {
@@ -253,7 +255,7 @@ def read(written: Mapping[str, Any]) -> Trajectory:
         written.get("drawn", 0),
         tuple(written.get("targets", ())),
         written.get("user", 0),
-        paid=written.get("paid", {}),
+        paid={name: [(i, j, amount) for i, j, amount in some] for name, some in written.get("paid", {}).items()},
         sampled=written.get("sampled", 0),
         said=tuple(Said(tuple(messages), *place) for messages, *place in written.get("said", ())),
     )

@@ -290,7 +290,7 @@ def _trajectory(file: Path, rows: Sequence[Mapping[str, Any]], tasks: Mapping[st
         first["finish"],
         first["drawn"],
         said=tuple(Said(long(short), sample, end) for short, sample, end in episode["said"]),
-        paid=episode["paid"],
+        paid={name: [(i, j, amount) for i, j, amount in some] for name, some in episode["paid"].items()},
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -115,8 +116,8 @@ class Trajectory:
     components stand here as `reward/<component>`. finish: the engine's own reason ("stop", "length"), never guessed.
     drawn: 0 for the group's own samples, else the number of the algorithm's Draw. targets, user: what the algorithm's
     `select` sets, see `Batch`.
-    said: the policy's turns, as the player saw them. paid: per reward that judges turn by turn, what it has put into
-    the samples' rewards, one number per turn.
+    said: the policy's turns, as the player saw them. paid: per reward that pays on the way, what it has put into the
+    samples' rewards: the sample, the token, how much.
     sampled: how many tokens the engine returned for it; 0 in what was written down.
     failures: of the rewards that judged it last.
     """
@@ -131,7 +132,7 @@ class Trajectory:
     targets: tuple[float, ...] = ()
     user: int = 0
     said: tuple[Said, ...] = ()
-    paid: dict[str, list[float]] = field(default_factory=dict)
+    paid: dict[str, list[tuple[int, int, float]]] = field(default_factory=dict)
     sampled: int = 0
     failures: list[Failure] = field(default_factory=list)
 
@@ -204,6 +205,22 @@ class Reward(Protocol):
     """
 
     async def __call__(self, group: Group) -> Sequence[float | None]: ...
+
+
+class Explorer(Protocol):
+    """Lets the policy that is being trained go on from inside an answer; see `rlft.explore`."""
+
+    def ends(self, trajectory: Trajectory, blocks: int) -> tuple[int, list[int]]:
+        """Where the last answer begins in its sample, and where each of at most `blocks` blocks ends."""
+        ...
+
+    async def go_on(self, trajectory: Trajectory, end: int, text: str, count: int, most: int) -> list[Trajectory]:
+        """`count` answers that begin as the last one up to token `end`, then say `text`, then what the policy says."""
+        ...
+
+
+# What a reward may ask while it judges samples for training; None elsewhere, where nothing is sampled for it.
+exploring: ContextVar[Explorer | None] = ContextVar("exploring", default=None)
 
 
 @dataclass(frozen=True)

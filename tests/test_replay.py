@@ -226,7 +226,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, make_groups: Callable[...,
     first.samples[0].rewards[-1] = 0.25
     first.samples.append(Sample([5, 6], [False, True], [math.nan, -0.5], [0.0, 1 / 3], 4))
     first.said = (Said(spoken, 0, len(first.samples[0].tokens) - 1), Said(other, 1, 1))
-    first.paid = {"x": [0.0, 1 / 3]}
+    first.paid = {"x": [(0, 4, 0.0), (1, 1, 1 / 3)]}
     first.metrics = {"reward/x": 0.1}
     second = replace(group[1], task=task, messages=spoken, score=None, drawn=2, finish="length")
     Record(tmp_path).trajectories("rollouts", 1, [(first, second)])

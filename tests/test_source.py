@@ -312,7 +312,7 @@ def test_a_plain_source_has_selected_nothing(player: Player) -> None:
 def test_what_waits_keeps_what_a_filter_or_reward_may_read() -> None:
     info = {"answer": "4", "level": 2, "tags": ["a"], "none": None, "image": b"\x00", "nan": float("nan")}
     one = Trajectory(
-        Task("t", (), info), (), [], score=1.0, targets=(0.5, 1.0), user=2, paid={"turns": [0.5]}, sampled=9
+        Task("t", (), info), (), [], score=1.0, targets=(0.5, 1.0), user=2, paid={"turns": [(0, 1, 0.5)]}, sampled=9
     )
     source = Refilled(_Listed([GOOD], 3), _differing, n=3, rounds=1)
     source._waiting = [(one,)]

@@ -47,6 +47,9 @@ class Regularised(Knobs):
     )
     correction_low: float = Field(default=0.5, ge=0, lt=1, description="lower bound of the correction's ratio")
     correction_high: float = Field(default=2.0, ge=1, description="upper bound of the correction's ratio")
+    to_go: float = Field(
+        default=0.0, ge=0, description="share of what is paid at a token and later ones that is added to its advantage"
+    )
     mask_truncated: bool = Field(default=False, description="samples cut off by the length limit are not trained on")
 
     @property
@@ -179,7 +182,7 @@ def _revise(numbers: Mapping[str, float], knobs: Regularised, charged: bool, mem
 
 def _credit(knobs: Regularised, advantages: Credit, charged: bool) -> Credit:
     """Around the advantages: the KL in the reward, the rollout as the old policy, the correction, truncated rows."""
-    found = advantages
+    found = partial(credit.to_go, credit=advantages, share=knobs.to_go) if knobs.to_go else advantages
     if charged and knobs.kl > 0 and knobs.kl_kind == "reward":
         found = partial(credit.charged, credit=found, kl=knobs.kl)
     if knobs.correction != "none":

@@ -32,7 +32,7 @@ def returning(values):
 
 def test_names_are_the_types():
     single = ["exact", "number", "math", "format", "length", "model"]
-    assert names() == [*single, "weighted", "directed", "per_turn", "custom"]
+    assert names() == [*single, "weighted", "directed", "per_turn", "progress", "custom"]
     assert types()["number"].__name__ == "Number"
 
 
