@@ -234,7 +234,8 @@ def _more(knobs: Regularised) -> str:
     held = f", held at {knobs.entropy_target:g} nats" if knobs.entropy_target is not None else ""
     bonus = f" - {knobs.entropy:g} entropy{held}" if knobs.entropy or held else ""
     fixed = f"; times old / rollout, {knobs.correction}" if knobs.correction != "none" else ""
-    return kl + bonus + fixed + _some(knobs)
+    paid = f"; A grows by {knobs.to_go:g} times what is paid from the token on" if knobs.to_go else ""
+    return kl + bonus + fixed + paid + _some(knobs)
 
 
 def _some(knobs: Regularised) -> str:
