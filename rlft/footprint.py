@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, masking_utils
 
 from rlft.forward import heard, passed
-from rlft.head import untrained
+from rlft.head import altered, untrained
 from rlft.heap import Heap
 from rlft.kernels import FastLinear
 from rlft.packing import Layout, trunk_of
@@ -236,7 +236,8 @@ class Rehearsal:
             plain = asked.vocabulary and not asked.distributions and shape.chosen
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
             head = inner.get_output_embeddings()
-            fused = head if plain and untrained(head) and trunk_of(model) is not None else None
+            plain = plain and untrained(head) and not altered(inner.config.get_text_config())
+            fused = head if plain and trunk_of(model) is not None else None
             hidden, logits, pair = heard(model, layout, picks, picks, 1.0, fused, asked.vocabulary)
             said = [] if hidden is None or not asked.head else [self._headed(hidden, asked)]
             said += self._also(logits, pair, asked)

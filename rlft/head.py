@@ -21,6 +21,9 @@ from rlft.packing import calm
 
 ROWS = 256  # of 49,152 words 50 MB in float32; fewer would read the head's weight too often
 
+# What transformers' models call it.
+ALTERING = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier")
+
 
 def spoken(
     hidden: Float[Tensor, "n d"], head: nn.Linear, targets: Int[Tensor, " n"], temperature: float
@@ -33,6 +36,11 @@ def untrained(head: Any) -> bool:
     """Whether this is a linear layer and nothing else, that no optimizer moves and nobody watches."""
     plain = type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks
     return plain and not any(p.requires_grad for p in head.parameters())
+
+
+def altered(config: Any) -> bool:
+    """Whether a model of this text config caps or scales its logits, by its word, where nothing can be measured."""
+    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in ALTERING)
 
 
 def with_hidden(out: Any, hidden: Tensor) -> Any:

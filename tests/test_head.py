@@ -13,7 +13,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 
 import rlft.forward as forward
 from rlft.batch import Batch
-from rlft.head import plain_head, spoken, untrained
+from rlft.head import altered, plain_head, spoken, untrained
 from rlft.packing import trunk_of
 from rlft.policy import Policy
 from rlft.types import Group
@@ -92,6 +92,7 @@ def test_what_a_model_does_to_its_logits_is_measured(model: Any, plain: bool) ->
     trunk: Any = trunk_of(made)
     before = torch.get_rng_state()
     assert (plain_head(made, trunk) is not None) is plain
+    assert altered(made.config.get_text_config()) is not plain, "the memory plan asks the config"
     assert torch.equal(before, torch.get_rng_state())
     assert not trunk._forward_hooks
 
