@@ -1,6 +1,7 @@
 """Verdicts on trajectories. A reward judges the trajectories of one task at once: `await reward(group)`.
 
 What lives where: `base` the config every reward shares, and the checks every verdict passes; `match` exact text and
-numbers; `math` mathematical equality; `shape` format and length; `combine` sums; `custom` your own function; `catalog`
-the list of all of them, which is also what a run's `reward:` block is validated against.
+numbers; `math` mathematical equality; `shape` format and length; `combine` sums; `custom` your own function;
+`progress` what blocks of an answer gain; `judges` language models that are asked; `served` what is judged elsewhere;
+`catalog` the list of all of them, which is also what a run's `reward:` block is validated against.
 """

@@ -65,6 +65,17 @@ class Config(BaseModel):
         """It needs the direction that a task asks for: see `directed`."""
         return False
 
+    @property
+    def explored(self) -> int:
+        """Tokens sampled at most beside an answer in training, to find out what it is worth: by the rewards inside."""
+        return sum(part.explored for value in vars(self).values() for part in _configs(value))
+
+
+def _configs(value: Any) -> list[Config]:
+    """The rewards in a field's value."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    return [part for part in inside if isinstance(part, Config)]
+
 
 def scored(judge: Reward, name: str, weight: float = 1.0, record: bool = True) -> Reward:
     """A reward whose verdicts are checked, written to the trajectories' metrics, and multiplied by `weight`.

@@ -13,10 +13,13 @@ from rlft.rewards.base import Config, scored
 from rlft.rewards.combine import total
 from rlft.rewards.custom import Custom
 from rlft.rewards.directed import along
+from rlft.rewards.judges.judge import LlmJudge
 from rlft.rewards.match import Exact, Number
 from rlft.rewards.math import Math
 from rlft.rewards.model import Model
 from rlft.rewards.progress import by_block
+from rlft.rewards.served.classifier import ServedModel
+from rlft.rewards.served.remote import Remote
 from rlft.rewards.shape import Format, Length
 from rlft.rewards.turns import turn_by_turn
 from rlft.types import Reward
@@ -129,6 +132,10 @@ class Progress(Config):
     def by_turn(self) -> bool:
         return True
 
+    @property
+    def explored(self) -> int:
+        return self.blocks * self.samples * self.tokens
+
     @model_validator(mode="after")
     def _of_answers(self) -> Progress:
         if self.of.by_turn:
@@ -165,7 +172,20 @@ class Directed(Config):
 
 
 RewardConfig = Annotated[
-    Exact | Number | Math | Format | Length | Model | Weighted | Directed | PerTurn | Progress | Custom,
+    Exact
+    | Number
+    | Math
+    | Format
+    | Length
+    | Model
+    | ServedModel
+    | LlmJudge
+    | Remote
+    | Weighted
+    | Directed
+    | PerTurn
+    | Progress
+    | Custom,
     Field(discriminator="type"),
 ]
 Weighted.model_rebuild()

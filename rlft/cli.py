@@ -162,6 +162,35 @@ def doctor(run: Annotated[Path | None, typer.Argument(help="also look at a run",
     raise typer.Exit(0 if healthy else 1)
 
 
+@app.command(name="serve-reward")
+def serve_reward(
+    config: Annotated[Path, typer.Argument(help="a YAML file with a `reward:` block", metavar="CONFIG")],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines too")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free one", min=0, max=65535)] = 8080,
+    key_env: Annotated[str | None, typer.Option(help="environment variable with the key that is asked for")] = None,
+) -> None:
+    """Judge for runs elsewhere, whose reward is `type: remote`."""
+    from rlft.serve_reward import serve
+
+    serve(config, overrides or [], host, port, key_env, typer.echo)
+
+
+@app.command(name="serve-judge", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve_judge(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="a folder, a hub id, or a name that configs know", metavar="MODEL")],
+    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines too")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="of the server", min=1, max=65535)] = 8000,
+    max_tokens: Annotated[int, typer.Option(help="of prompt and reply together", min=16)] = 4096,
+) -> None:
+    """Serve a local model by vLLM for the reward `judge`; further options go to vLLM as they are."""
+    from rlft.serve_judge import block, serve
+
+    typer.echo(f"once it says that startup is complete, a run asks it by\n{block(model, host, port, context.args)}")
+    serve(model, host, port, max_tokens, context.args)
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[str, typer.Argument(help="algorithms, rewards, envs or engines")],

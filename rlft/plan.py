@@ -93,7 +93,12 @@ def _data(stuff: Material) -> str:
 def _reward(config: Config) -> str:
     if config.reward is None:
         return "none: every score is 0" if config.online else "none: the data say what is good"
-    return f"{config.reward.type}: " + ", ".join(config.reward.components())
+    said = f"{config.reward.type}: " + ", ".join(config.reward.components())
+    rollout, more = config.rollout, config.reward.explored
+    if not more or not config.online:
+        return said
+    answers = rollout.tasks_per_step * rollout.group_size
+    return f"{said}; at most {answers * more} further tokens sampled a step to find out ({more} beside each answer)"
 
 
 def _rollouts(stuff: Material) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -16,15 +16,56 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from rlft.config import Config
+from rlft.rewards.base import Config as Reward
+from rlft.rewards.catalog import RewardConfig
+from rlft.secrets import Path as Place
 from rlft.secrets import at, hidden, named, refuse_written, remember, veiled
 from rlft.types import InputError
 
+M = TypeVar("M", bound=BaseModel)
 DATA = ("data.train", "data.eval", "data.train.path", "data.eval.path")
 PATHS = ("model.path", "model.chat_template", *DATA, "adapter.path", "teacher.path")
 
 
+class Judging(BaseModel):
+    """The part of a config that judges; the others are not looked at."""
+
+    reward: RewardConfig
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The config in `path` with `overrides` applied. Raises InputError."""
+    plain, names = _ready(path, overrides)
+    config = validate(plain)
+    config.from_environment.update(names)
+    return config
+
+
+def load_reward(path: Path, overrides: Sequence[str] = ()) -> Reward:
+    """The `reward:` block of the config in `path`, which need hold nothing else. Raises InputError."""
+    plain, _ = _ready(path, overrides)
+    if plain.get("reward") is None:
+        raise InputError(f"{path}: there is no `reward:` block in it, and nothing else is served")
+    return _validated(Judging, plain).reward
+
+
+def _ready(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[Place, str]]:
+    """The values in a file with the overrides, references resolved and paths whole; and what to write for them.
+
+    A path that is whole now is written whole: it is no secret, and read from elsewhere.
+    """
+    plain = _read(path, overrides)
+    refuse_written(plain)
+    names = named(plain)
+    plain = _resolved(plain, path)
+    remember(names, plain)
+    found = {where: at(plain, where) for where in names}
+    _anchor(plain, path.resolve().parent)
+    return plain, {w: text for w, text in names.items() if at(plain, w) == found[w]}
+
+
+def _read(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """What stands in a file, with the overrides, and with references as they are written."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
@@ -38,21 +79,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     plain: dict[str, Any] = {str(key): value for key, value in read.items()}
     for override in overrides:
         plain = _override(plain, override)
-    refuse_written(plain)
-    names = named(plain)
-    plain = _resolved(plain, path)
-    remember(names, plain)
-    found = {where: at(plain, where) for where in names}
-    _anchor(plain, path.resolve().parent)
-    config = validate(plain)  # a path that is whole now is written whole: it is no secret, and read from elsewhere
-    config.from_environment.update({w: text for w, text in names.items() if at(plain, w) == found[w]})
-    return config
+    return plain
 
 
 def validate(plain: Mapping[str, Any]) -> Config:
     """The Config that a mapping describes. Raises InputError with one line per mistake."""
+    return _validated(Config, plain)
+
+
+def _validated(kind: type[M], plain: Mapping[str, Any]) -> M:
     try:
-        return Config.model_validate(plain)
+        return kind.model_validate(plain)
     except ValidationError as error:
         raise InputError(hidden("\n".join(dict.fromkeys(_explain(e, plain) for e in error.errors())))) from error
 

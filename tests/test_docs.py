@@ -32,7 +32,8 @@ from rlft.types import Sample, Task, Trajectory
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 MINE = ("index", "concepts", "algorithms", "configs", "environments", "troubleshooting", "faults", "memory", "speed")
-PAGES = {name: (DOCS / f"{name}.md").read_text() for name in (*MINE, "rewards", "sync")}
+KINDS = tuple(path.stem for path in sorted(DOCS.glob("rewards-*.md")))
+PAGES = {name: (DOCS / f"{name}.md").read_text() for name in (*MINE, "rewards", "sync", *KINDS)}
 FAMILIES = "reward|completion|advantage|loss|learner|policy|kl|parity|tokens|sync|time|eval|value|preference|reference"
 
 # What an example that shows one block stands in.
@@ -187,7 +188,7 @@ def test_links_resolve(page: str) -> None:
 
 
 def test_the_index_lists_every_page() -> None:
-    assert set(re.findall(r"\((\w+)\.md\)", PAGES["index"])) == set(PAGES) - {"index"}
+    assert set(re.findall(r"\(([\w-]+)\.md\)", PAGES["index"])) == set(PAGES) - {"index"}
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rlft.algorithms import credit
@@ -16,9 +18,11 @@ from rlft.chat import Chat
 from rlft.engine.local import LocalEngine
 from rlft.envs.single_turn import SingleTurn
 from rlft.explore import Continuations, explorable
+from rlft.plan import describe
 from rlft.player import Player
 from rlft.rewards.catalog import RewardConfig
 from rlft.rewards.progress import by_block
+from rlft.settings import validate
 from rlft.source import Rollouts
 from rlft.types import Group, Sampling, Task, Trajectory, exploring
 
@@ -155,3 +159,18 @@ def test_what_is_still_to_come_is_added_to_an_advantage() -> None:
     found = credit.to_go(batch, credit.centred, 2.0).advantages
     assert torch.allclose(found[:, 1:] - plain, 2 * torch.tensor([[0.75, 0.5, 0.5], [-0.5, -0.5, 0.0]]))
     assert found[:, 0].tolist() == [0.0, 0.0]
+
+
+def test_the_page_shows_a_reward_that_works_and_the_plan_says_what_it_costs(tiny_model: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "rewards-progress.md").read_text()
+    shown = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page, re.S)[0])
+    settings = {
+        "name": "p",
+        "steps": 1,
+        "model": {"path": str(tiny_model)},
+        "data": {"train": {"type": "generated"}},
+        "rollout": {"tasks_per_step": 3, "group_size": 2, "engine": {"type": "local"}},
+        **shown,
+    }
+    lines = describe(validate(settings))
+    assert f"at most {3 * 2 * 4 * 2 * 16} further tokens sampled a step to find out (128 beside each answer)" in lines

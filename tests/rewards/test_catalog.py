@@ -31,7 +31,7 @@ def returning(values):
 
 
 def test_names_are_the_types():
-    single = ["exact", "number", "math", "format", "length", "model"]
+    single = ["exact", "number", "math", "format", "length", "model", "served_model", "judge", "remote"]
     assert names() == [*single, "weighted", "directed", "per_turn", "progress", "custom"]
     assert types()["number"].__name__ == "Number"
 
