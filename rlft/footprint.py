@@ -176,10 +176,12 @@ class Rehearsal:
         whole = int(self._config.get_text_config().num_hidden_layers)
         period = _period(self._config)
         uneven = {"layers_to_transform", "rank_pattern", "path", "layer_replication"} & set(self._settings or ())
-        if whole <= 4 * period or uneven:
+        if whole <= 8 * period or uneven:
             return self._shallow(shape, asked, whole)
-        few, more = (self._shallow(shape, asked, n * period) for n in (2, 4))
-        alive, heap = (a + (b - a) * (whole - 2 * period) // (2 * period) for a, b in zip(few, more, strict=True))
+        few, some, more = (self._shallow(shape, asked, n * period) for n in (2, 4, 8))
+        if not _straight(few[0], some[0], more[0]):
+            return self._shallow(shape, asked, whole)
+        alive, heap = (b + (b - a) * (whole - 8 * period) // (4 * period) for a, b in zip(some, more, strict=True))
         return alive, heap
 
     def _shallow(self, shape: Shape, asked: Asked, layers: int) -> tuple[int, int]:
@@ -267,6 +269,15 @@ def _period(config: Any) -> int:
     """After so many layers their kinds repeat."""
     kinds = list(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
     return next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+
+
+def _straight(few: int, some: int, more: int) -> bool:
+    """Whether the most bytes of two, four and eight periods of layers lie on a line that rises.
+
+    Of few layers the most may be where the head is; of all of them it is elsewhere, and grows otherwise.
+    """
+    slope = some - few
+    return slope > 0 and abs(more - some - 2 * slope) <= 0.02 * (more - few)
 
 
 def _materialize(model: nn.Module, device: torch.device) -> None:
