@@ -61,6 +61,11 @@ class Config(BaseModel):
         return False
 
     @property
+    def pays(self) -> bool:
+        """It puts a part of its verdict where that is earned, at tokens of the samples, past whatever is around it."""
+        return self.by_turn
+
+    @property
     def directed(self) -> bool:
         """It needs the direction that a task asks for: see `directed`."""
         return False

@@ -17,7 +17,7 @@ from rlft.rewards.judges.judge import LlmJudge
 from rlft.rewards.match import Exact, Number
 from rlft.rewards.math import Math
 from rlft.rewards.model import Model
-from rlft.rewards.progress import by_block
+from rlft.rewards.progress import by_block, less_what_was_paid
 from rlft.rewards.served.classifier import ServedModel
 from rlft.rewards.served.remote import Remote
 from rlft.rewards.shape import Format, Length
@@ -63,15 +63,17 @@ class Weighted(Config):
         return any(term.by_turn for term in self.terms.values())
 
     @property
+    def pays(self) -> bool:
+        return any(term.pays for term in self.terms.values())
+
+    @property
     def directed(self) -> bool:
         return any(term.directed for term in self.terms.values())
 
     @model_validator(mode="after")
     def _pays_in_full(self) -> Weighted:
-        if self.by_turn and self.weight != 1:
-            raise ValueError(
-                "a term pays turn by turn, past this sum; put the weight on that term, and leave this at 1"
-            )
+        if self.pays and self.weight != 1:
+            raise ValueError("a term pays on the way, past this sum; put the weight on that term, and leave this at 1")
         return self
 
 
@@ -103,8 +105,8 @@ class PerTurn(Config):
 
     @model_validator(mode="after")
     def _once(self) -> PerTurn:
-        if self.of.by_turn:
-            raise ValueError("of: what is judged turn by turn already cannot be judged so again; name the inner reward")
+        if self.of.pays:
+            raise ValueError("of: what is paid on the way already cannot be judged so again; name the inner reward")
         return self
 
 
@@ -122,15 +124,20 @@ class Progress(Config):
     def build(self, name: str | None = None) -> Reward:
         name = name or self.type
         knobs = (self.blocks, self.samples, self.tokens, self.force, self.scale)
-        return scored(by_block(self.of.build(f"{name}/of"), name, self.weight, *knobs), name, self.weight)
+        judged = scored(by_block(self.of.build(f"{name}/of"), name, self.weight, *knobs), name, self.weight)
+        return less_what_was_paid(judged, name)
 
     def components(self, name: str | None = None) -> list[str]:
         name = name or self.type
         return [name, *self.of.components(f"{name}/of")]
 
     @property
-    def by_turn(self) -> bool:
+    def pays(self) -> bool:
         return True
+
+    @property
+    def directed(self) -> bool:
+        return self.of.directed
 
     @property
     def explored(self) -> int:
@@ -138,7 +145,7 @@ class Progress(Config):
 
     @model_validator(mode="after")
     def _of_answers(self) -> Progress:
-        if self.of.by_turn:
+        if self.of.pays:
             raise ValueError("of: what is paid on the way already cannot be judged so again; name the inner reward")
         return self
 
@@ -166,8 +173,8 @@ class Directed(Config):
 
     @model_validator(mode="after")
     def _of_answers(self) -> Directed:
-        if self.of.by_turn:
-            raise ValueError("of: what is paid turn by turn goes past the direction; name a reward of whole answers")
+        if self.of.pays:
+            raise ValueError("of: what is paid on the way goes past the direction; name a reward of whole answers")
         return self
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlft.chance import put, states
 from rlft.source import Source, read, written
 from rlft.types import Group
 
@@ -45,20 +46,20 @@ class Drawn:
 
 
 class Ahead:
-    """Gives what `source` gave `depth` steps before, and lets it draw on meanwhile: step n trains on groups of the
-    weights after step n - 1 - depth (the first steps on those of the start).
+    """Gives what `source` gave `depth` steps before, and lets it draw on meanwhile.
+
+    Step n trains on groups that were drawn with the weights after step n - 1 - depth (the first steps' with those of
+    the start). With a depth of 0 it gives what waited in a state, then what the source gives.
 
     Drawing goes on in the background from each `next` until `depth` steps' groups wait. `settled` waits for that, and
     has to be called before the weights that `source` samples from change, or its state is read. A drawing that fails
     is told by the `next` after it, which would have begun it.
     """
 
-    overlaps = True
-
     def __init__(self, source: Source, depth: int) -> None:
-        if depth < 1:
-            raise ValueError(f"depth must be 1 or more, not {depth}; without Ahead nothing is drawn beforehand")
         self.online = source.online
+        self.overlaps = depth > 0
+        self.later = 0
         self.metrics: dict[str, float] = {}
         self.selected: list[Group] | None = None
         self._inner = source
@@ -75,7 +76,8 @@ class Ahead:
             await self._draw()
         taken = self._waiting.pop(0)
         self.selected, self.metrics = taken.selected, taken.metrics
-        self._drawing = asyncio.create_task(self._fill())
+        if len(self._waiting) < self._depth:
+            self._drawing = asyncio.create_task(self._fill())
         return taken.groups
 
     async def settled(self) -> None:
@@ -96,13 +98,18 @@ class Ahead:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; a state of the source alone will do."""
-        self._inner.load_state_dict(state)
+        self._inner.load_state_dict({name: value for name, value in state.items() if name != "ahead"})
         self._waiting = [Drawn.of(one) for one in state.get("ahead", [])]
 
     async def _fill(self) -> None:
         while len(self._waiting) < self._depth:
-            await self._draw()
+            await self._draw(later=len(self._waiting) + 1)
 
-    async def _draw(self) -> None:
-        groups = await self._inner.next()
+    async def _draw(self, later: int = 0) -> None:
+        self.later, before = later, states()
+        try:
+            groups = await self._inner.next()
+        except BaseException:  # what is drawn again is drawn by the same dice
+            put(before)
+            raise
         self._waiting.append(Drawn(groups, self._inner.selected, dict(self._inner.metrics)))

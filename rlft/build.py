@@ -110,10 +110,11 @@ class Parts:
         """Bring the weights into the engine that was started in a lost one's place: those there are once nothing is
         being learned, which are a version newer where the lost one was sampling ahead.
         """
+        version, self.served = self.served, None
+        if version is None:  # an engine that is lost while it is filled is filled again by who does that
+            return
         async with self.learning:
-            version, self.served = self.served, None
-            if version is not None:
-                await self.serve(max(version, self.learner.version))
+            await self.serve(max(version, min(learner.version for learner in learners(self.trainee))))
 
     async def close(self) -> None:
         """Leave nothing behind."""
@@ -240,10 +241,14 @@ def _connect(parts: Parts, player: Player, reward: Reward) -> None:
         sizes = (rollout.tasks_per_step, rollout.group_size)
         draws = stuff.algorithm.draws
         players = replace(player, cast=Cast(config.agents.count, config.agents.exchange))
-        parts.source = Rollouts(stuff.tasks, players, reward, *sizes, config.seed, draws, parts.faults.sampled)
+
+        def watch(groups: Sequence[Group]) -> None:
+            parts.faults.sampled(groups, later=parts.source.later)
+
+        parts.source = Rollouts(stuff.tasks, players, reward, *sizes, config.seed, draws, watch)
         if stuff.algorithm.refill:
             parts.source = Refilled(parts.source, parts.select, rollout.tasks_per_step, rollout.rounds)
-        if rollout.ahead:
+        if rollout.ahead or rollout.engine.place == "worker":  # 0: what a checkpoint holds of a run ahead goes first
             parts.source = Ahead(parts.source, rollout.ahead)
     if stuff.held_out and config.reward is not None:
         component = config.eval.accuracy or config.reward.components()[0]

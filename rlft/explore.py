@@ -14,21 +14,19 @@ from rlft.types import NAN, Trajectory, exploring
 
 
 class Continuations:
-    """Plays on from inside the last answer of an episode. An `Explorer`, see types."""
+    """Plays on from inside the last answer of an episode. An `Explorer`, see types. seed: of all that is drawn."""
 
-    def __init__(self, player: Player) -> None:
+    def __init__(self, player: Player, seed: int = 0) -> None:
         self._player = player
+        self._seed = seed
 
     def ends(self, trajectory: Trajectory, blocks: int) -> tuple[int, list[int]]:
         """Where the last answer begins among its sample's tokens, and where each of at most `blocks` blocks ends.
 
         Blocks are of nearly the same length; an end moves on to the next line end, if there is one within half a block.
         """
-        sample, turn = trajectory.samples[-1], trajectory.turns[-1]
-        start = turn.end
-        while start and sample.mask[start - 1]:
-            start -= 1
-        said = sample.tokens[start : turn.end + 1]
+        start = _begins(trajectory)
+        said = trajectory.samples[-1].tokens[start : trajectory.turns[-1].end + 1]
         size = max(1, -(-len(said) // blocks))
         lines = [i + 1 for i, token in enumerate(said) if "\n" in self._player.chat.decode([token])]
         found = []
@@ -45,7 +43,7 @@ class Continuations:
         """
         chat, sampling = self._player.chat, self._player.sampling
         sample = trajectory.samples[-1]
-        start = self.ends(trajectory, 1)[0]
+        start = _begins(trajectory)
         forced = chat.encode(text)
         begun = sample.tokens[:end] + forced
         room = min(most, self._player.context - len(begun))
@@ -53,7 +51,7 @@ class Continuations:
             return []
 
         async def one(number: int) -> Trajectory:
-            seed = derive_seed("go on", trajectory.task.id, *begun, number)
+            seed = derive_seed(self._seed, "go on", trajectory.task.id, *begun, number)
             drawn = await self._player.engine.generate(
                 begun, replace(sampling, seed=seed, max_tokens=room, agent=sample.agent)
             )
@@ -67,10 +65,18 @@ class Continuations:
         return list(await asyncio.gather(*map(one, range(count))))
 
 
+def _begins(trajectory: Trajectory) -> int:
+    """The first token of the last answer in its sample."""
+    start, mask = trajectory.turns[-1].end, trajectory.samples[-1].mask
+    while start and mask[start - 1]:
+        start -= 1
+    return start
+
+
 @contextmanager
-def explorable(player: Player) -> Iterator[None]:
-    """Rewards that judge inside may let the policy go on."""
-    before = exploring.set(Continuations(player))
+def explorable(player: Player, seed: int) -> Iterator[None]:
+    """Rewards that judge inside may let the policy go on. seed: of the step."""
+    before = exploring.set(Continuations(player, seed))
     try:
         yield
     finally:

@@ -61,15 +61,19 @@ class Faults:
         """A tracker failed; the run goes on without it."""
         self.note("tracker", f"track: {name} failed ({why}); the run goes on without it", tracker=name, said=why)
 
-    def sampled(self, groups: Sequence[Group]) -> None:
-        """Write down where rewards failed. Raises RunError where that is too large a share of the trajectories."""
-        failed, n = self._judged(groups), sum(map(len, groups))
+    def sampled(self, groups: Sequence[Group], later: int = 0) -> None:
+        """Write down where rewards failed. Raises RunError where that is too large a share of the trajectories.
+
+        later: by how many steps they are drawn ahead.
+        """
+        step = self.step + later
+        failed, n = self._judged(groups, step=step), sum(map(len, groups))
         if len(failed) <= self._bounds.reward * n:
             return
         trajectory, failure = failed[0], failed[0].failures[0]
         where = f" All are in {self._folder / FILE}." if self._folder else ""
         raise RunError(
-            f"the reward failed on {len(failed)} of {n} trajectories of step {self.step}, and faults.reward allows a "
+            f"the reward failed on {len(failed)} of {n} trajectories of step {step}, and faults.reward allows a "
             f"share of {self._bounds.reward:g}. The first: reward '{failure.reward}' failed on task "
             f"'{trajectory.task.id}': {failure.said}{where} A failure is not a zero, so these would not be trained on. "
             "Mend the reward, or return None where there is no verdict, and go on with `rlft resume`."

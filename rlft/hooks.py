@@ -76,7 +76,8 @@ class Around:
         """By how many versions what was trained on was older than the weights it moved, where sampling goes ahead."""
         if not self._parts.source.overlaps:
             return {}
-        ages = [step - 1 - sample.version for group in chosen for t in group for sample in t.samples]
+        own = [sample.version for group in chosen for t in group if not t.drawn for sample in t.samples]
+        ages = [step - 1 - version for version in own]
         return {"rollout/lag": sum(ages) / max(len(ages), 1)}
 
     def keep(self, step: int) -> None:

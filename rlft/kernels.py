@@ -23,7 +23,7 @@ WORTH = 2**21  # multiplications from which that is no longer so
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX = -1, -2, -3, -4  # of mallopt(3)
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX, ARENAS = -1, -2, -3, -4, -8  # of mallopt(3)
 MAPPED = 2**17  # bytes from which a tensor is mapped by itself where memory is given back
 
 
@@ -31,9 +31,9 @@ def keep_memory() -> None:
     """Let malloc keep what it has: glibc maps every large tensor anew, and each of its pages faults in again.
 
     A learning step of the demo had 440,000 page faults, a quarter of its CPU time; afterwards it has none. The heap
-    then has holes that no later tensor fits into, see heap.py.
+    then has holes that no later tensor fits into, see heap.py. One heap for all threads: one's own would end at 64 MiB.
     """
-    _set_malloc({MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 * 2**20})
+    _set_malloc({ARENAS: 1, MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 64 * 2**20})
 
 
 def give_memory_back() -> None:
@@ -41,7 +41,7 @@ def give_memory_back() -> None:
 
     The process then takes what is alive and little more. By itself glibc would raise the threshold as tensors come.
     """
-    _set_malloc({MMAP_THRESHOLD: MAPPED, MMAP_MAX: 2**16, TRIM_THRESHOLD: 64 * 2**20, TOP_PAD: 2**20})
+    _set_malloc({ARENAS: 1, MMAP_THRESHOLD: MAPPED, MMAP_MAX: 2**16, TRIM_THRESHOLD: 64 * 2**20, TOP_PAD: 2**20})
 
 
 def _set_malloc(options: dict[int, int]) -> None:

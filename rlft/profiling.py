@@ -43,6 +43,11 @@ class Profile:
             self._profiler = profile(activities=[ProfilerActivity.CPU, *_cuda()])
             self._profiler.__enter__()
 
+    @property
+    def watching(self) -> bool:
+        """The step in hand is the one."""
+        return self._profiler is not None
+
     def end(self) -> None:
         """It has ended: write and tell, if it was the one."""
         if self._profiler is None:
@@ -72,6 +77,11 @@ class ProfiledRun(Run):
         self.profile.begin((self.complete or 0) + 1)
         with span("sample and score"):
             return await super().draw()
+
+    async def apart(self, update: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """See Run; in this thread while it is watched, since the profiler sees no other: that step overlaps nothing."""
+        assert self.profile is not None
+        return update() if self.profile.watching else await super().apart(update)
 
     async def learn(self, chosen: list[Group]) -> dict[str, float]:
         """See Run."""

@@ -1,7 +1,8 @@
 """Work that an engine is needed for, done again from its beginning whenever the engine is lost in it.
 
 Everything that such work draws has seeds of its own, and the process's random states are put back; so what comes out
-is what would have come out undisturbed, bit for bit.
+is what would have come out undisturbed, bit for bit. Samples drawn ahead are of younger weights then, see
+`Parts.refill`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from rlft.explore import explorable
 from rlft.player import Player, derive_seed
 from rlft.rollout import rollout
-from rlft.types import Draw, Group, Reward, Said, Sample, Task, Trajectory
+from rlft.types import Draw, Failure, Group, InputError, Reward, Said, Sample, Task, Trajectory
 
 
 class Source(Protocol):
@@ -23,10 +23,12 @@ class Source(Protocol):
 
     selected: what of the last groups is trained on, where the source has selected already; else None.
     overlaps: it goes on drawing between one `next` and the other, so that learning must not hold up the event loop.
+    later: how many steps after the one in hand the groups are for that are being drawn.
     """
 
     online: bool
     overlaps: bool
+    later: int
     metrics: dict[str, float]
     selected: list[Group] | None
 
@@ -50,7 +52,7 @@ class Source(Protocol):
 class Still:
     """A source that draws in `next` alone."""
 
-    overlaps = False
+    overlaps, later = False, 0
 
     async def settled(self) -> None:
         """See `Source.settled`: it always is."""
@@ -113,7 +115,7 @@ class Rollouts(Still):
         """See `Source.next`."""
         tasks = [self._tasks[self._deck.at(self._position + i)] for i in range(self._count)]
         seed = derive_seed(self._seed, "rollout", self._position)
-        with explorable(self._player):
+        with explorable(self._player, seed):
             groups, clock = await rollout(self._player, self._reward, tasks, self._group_size, seed, self._draws)
         self._watch(groups)
         self._position += self._count
@@ -130,7 +132,12 @@ class Rollouts(Still):
         return {"position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there. Raises InputError where samples wait that were drawn ahead, which would be lost."""
+        if state.get("ahead"):
+            raise InputError(
+                f"rollout.ahead: the checkpoint holds samples of {len(state['ahead'])} steps that were drawn ahead; "
+                "resume with rollout.engine.place=worker, which takes them first, also with rollout.ahead=0"
+            )
         self._position = int(state["position"])
 
 
@@ -232,6 +239,7 @@ def written(trajectory: Trajectory) -> dict[str, Any]:
         "user": trajectory.user,
         "paid": trajectory.paid,
         "sampled": trajectory.sampled,
+        "failures": [vars(failure) for failure in trajectory.failures],
         "said": [[[dict(message) for message in turn.messages], turn.sample, turn.end] for turn in trajectory.said],
     }
 
@@ -257,5 +265,6 @@ def read(written: Mapping[str, Any]) -> Trajectory:
         written.get("user", 0),
         paid={name: [(i, j, amount) for i, j, amount in some] for name, some in written.get("paid", {}).items()},
         sampled=written.get("sampled", 0),
+        failures=[Failure(**failure) for failure in written.get("failures", ())],
         said=tuple(Said(tuple(messages), *place) for messages, *place in written.get("said", ())),
     )

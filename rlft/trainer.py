@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from rlft.agents import Trainee
 from rlft.algorithms.base import Algorithm
@@ -16,6 +19,8 @@ from rlft.chance import put, states
 from rlft.parity import Mismatch
 from rlft.source import Source
 from rlft.types import Group
+
+T = TypeVar("T")
 
 
 class Hooks(Protocol):
@@ -79,10 +84,14 @@ class Run:
         while True:
             try:
                 async with self.learning:
-                    return await asyncio.to_thread(update) if self.source.overlaps else update()
+                    return await self.apart(update) if self.source.overlaps else update()
             except Mismatch as found:
                 await self.source.settled()
                 await self.differs(found, chosen)
+
+    async def apart(self, update: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The update's result, computed beside the event loop; a second Ctrl-C does not wait for it."""
+        return await beside(update)
 
     async def settle(self) -> dict[str, float]:
         """Wait until nothing is sampled from the weights that are about to change; how long that took."""
@@ -95,6 +104,27 @@ class Run:
         self.stopping = True
         if self._drawing is not None:
             self._drawing.cancel()
+
+
+def beside(work: Callable[[], T]) -> asyncio.Future[T]:
+    """What `work()` gives, in a thread that ends with the process. asyncio's own are waited for, whatever happens."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[T] = loop.create_future()
+
+    def tell(settle: Callable[[Any], None], what: Any) -> None:
+        if not found.done():
+            settle(what)
+
+    def act() -> None:
+        try:
+            how, what = found.set_result, work()
+        except BaseException as error:
+            how, what = found.set_exception, error
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(tell, how, what)
+
+    threading.Thread(target=copy_context().run, args=(act,), name="rlft-learn", daemon=True).start()
+    return found
 
 
 async def train(run: Run, start: int = 0) -> None:

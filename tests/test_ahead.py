@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,17 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from rlft.ahead import Ahead
+from rlft.chat import Chat
 from rlft.config import Config
+from rlft.engine.local import LocalEngine
+from rlft.envs.single_turn import SingleTurn
+from rlft.player import Player
 from rlft.session import begin, resume
 from rlft.settings import load
-from rlft.source import Refilled, Still
+from rlft.source import Refilled, Rollouts, Still
 from rlft.terminal import Terminal
-from rlft.trainer import Run, train
-from rlft.types import Group, InputError, Sample, Task, Trajectory
+from rlft.trainer import Run, beside, train
+from rlft.types import Group, InputError, Sample, Sampling, Task, Trajectory
 
 STEPS = 5
 REWARD = '''
@@ -67,6 +73,19 @@ class Counting(Still):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
+
+
+TASK = Task("t", ({"role": "user", "content": "Say it."},))
+
+
+async def zero(group: Group) -> list[float | None]:
+    return [0.0] * len(group)
+
+
+@pytest.fixture(scope="module")
+def player(tiny_model: Path) -> Player:
+    engine = LocalEngine(tiny_model, torch.float32, torch.device("cpu"))
+    return Player(engine, Chat(tiny_model), SingleTurn, Sampling(1.0, 3), 100)
 
 
 async def steps(source: Ahead, inner: Counting, count: int, first: int = 1) -> list[tuple[str, int, float]]:
@@ -206,9 +225,77 @@ def test_it_learns_while_it_draws_and_syncs_only_between() -> None:
     assert Hooks.seen == [("1-0", 0), ("2-0", 0), ("3-0", 1)]
 
 
-def test_a_depth_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="depth must be 1 or more, not 0"):
-        Ahead(Counting(), 0)
+def test_without_a_depth_what_waits_goes_first_and_nothing_is_drawn_beforehand() -> None:
+    async def run() -> None:
+        inner, later = Counting(), Counting()
+        source, after = Ahead(inner, 2), Ahead(later, 0)
+        await steps(source, inner, 3)
+        after.load_state_dict(json.loads(json.dumps(source.state_dict())))
+        later.served = 3
+        assert not after.overlaps
+        assert await steps(after, later, 4, 4) == [("4-0", 1, 4.0), ("5-0", 2, 5.0), ("6-0", 5, 6.0), ("7-0", 6, 7.0)]
+
+    asyncio.run(run())
+
+
+def test_what_waits_is_not_lost_to_a_source_that_draws_in_turn(player: Player) -> None:
+    plain = Rollouts([TASK], player, zero, 1, 1, seed=0)
+    plain.load_state_dict({"position": 3, "ahead": []})
+    with pytest.raises(InputError, match=r"rollout\.ahead: .* of 2 steps .*rollout\.engine\.place=worker"):
+        plain.load_state_dict({"position": 3, "ahead": [{}, {}]})
+
+
+def test_it_says_for_which_step_it_draws() -> None:
+    async def run() -> list[int]:
+        seen: list[int] = []
+
+        class Telling(Counting):
+            async def next(self) -> list[Group]:
+                seen.append(source.later)
+                return await super().next()
+
+        inner = Telling()
+        source = Ahead(inner, 2)
+        await steps(source, inner, 3)
+        return seen
+
+    assert asyncio.run(run()) == [0, 1, 2, 2, 2]
+
+
+def test_a_drawing_that_fails_beside_a_step_puts_the_dice_back() -> None:
+    async def run() -> list[float]:
+        class Dicing(Counting):
+            drawn: list[float] = []
+
+            async def next(self) -> list[Group]:
+                self.drawn.append(random.random())
+                return await super().next()
+
+        random.seed(7)
+        inner = Dicing(broken=[2])
+        source = Ahead(inner, 1)
+        await source.next()
+        await source.settled()
+        with pytest.raises(ValueError, match="step 2"):
+            await source.next()
+        await source.next()
+        await source.close()
+        return inner.drawn[:3]
+
+    first, second, again = asyncio.run(run())
+    assert (second, first) == (again, random.Random(7).random())
+
+
+def test_what_is_computed_beside_the_loop_raises_there_what_it_raised() -> None:
+    async def run() -> int:
+        def broken() -> int:
+            raise ValueError("no")
+
+        with pytest.raises(ValueError, match="no"):
+            await beside(broken)
+        return await beside(threading.get_ident)
+
+    assert asyncio.run(run()) != threading.get_ident()
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from rlft.rewards.catalog import RewardConfig
 from rlft.rewards.progress import by_block
 from rlft.settings import validate
 from rlft.source import Rollouts
-from rlft.types import Group, Sampling, Task, Trajectory, exploring
+from rlft.types import Group, RunError, Sampling, Task, Trajectory, exploring
 
 TASK = Task("t", ({"role": "user", "content": "Count to three."},), {"answer": "3"})
 FORCE = " so"
@@ -45,7 +45,7 @@ def played(player: Player, count: int = 2) -> Group:
 
 def told(player: Player, reward, group: Group) -> Sequence[float | None]:
     async def judge() -> Sequence[float | None]:
-        with explorable(player):
+        with explorable(player, 5):
             return await reward(group)
 
     return asyncio.run(judge())
@@ -88,7 +88,7 @@ def test_what_goes_on_begins_as_the_answer_did_and_is_the_same_every_time(player
 def test_the_gains_add_up_to_the_verdict_less_the_chance_before_the_first_block(player: Player) -> None:
     """Worked out from the continuations themselves."""
     group = played(player, 3)
-    explorer, sizes = Continuations(player), (3, 4, 5)
+    explorer, sizes = Continuations(player, 5), (3, 4, 5)
     reward = by_block(odd, "p", 0.5, *sizes, FORCE, 2.0)
     verdicts = told(player, reward, group)
     assert list(verdicts) == asyncio.run(odd(group))
@@ -137,7 +137,41 @@ def test_a_run_pays_it_and_evaluation_does_not(player: Player) -> None:
     ((one, two),) = asyncio.run(source.next())
     assert all("reward/progress/tokens" in t.metrics and "reward/progress/of" in t.metrics for t in (one, two))
     assert config.components() == ["progress", "progress/of"]
+    for trajectory in (one, two):
+        assert trajectory.total == pytest.approx(trajectory.metrics["reward/progress"]), "payments move credit alone"
     assert exploring.get() is None
+
+
+def test_a_reward_that_is_cancelled_or_fails_leaves_nothing_running(player: Player) -> None:
+    calls = 0
+
+    async def broken(group: Group) -> list[float | None]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RunError("the judge is gone")
+        if calls > 1:
+            await asyncio.sleep(30)
+        return [1.0] * len(group)
+
+    async def judge() -> int:
+        with explorable(player, 5), pytest.raises(RunError, match="the judge is gone"):
+            await by_block(broken, "p", 1.0, 3, 1, 2, FORCE, 1.0)(group)
+        return len(asyncio.all_tasks())
+
+    group = played(player)
+    assert asyncio.run(judge()) == 1
+
+
+def test_a_chance_without_a_verdict_is_said_and_pays_nothing(player: Player) -> None:
+    async def partly(group: Group) -> list[float | None]:
+        """No verdict on what goes on, which says so."""
+        return [None if t.completion.count(FORCE) else 1.0 for t in group]
+
+    group = played(player, 1)
+    assert told(player, by_block(partly, "p", 1.0, 2, 2, 4, FORCE, 1.0), group) == [1.0]
+    assert group[0].metrics["reward/p/unknown"] == 1.0
+    assert not any(group[0].samples[0].rewards)
 
 
 def test_what_is_paid_on_the_way_is_not_cut_in_blocks_again() -> None:

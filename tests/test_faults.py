@@ -392,6 +392,19 @@ def test_a_lost_engine_is_replaced_and_the_run_is_the_undisturbed_one(
     assert left_behind() == before
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_an_engine_that_is_lost_while_another_is_filled_is_replaced_too(make: Make, strike: Any, ahead: int) -> None:
+    """The first is killed while it samples, the second while the weights come in."""
+    before = left_behind()
+    config = make(rollout__engine=LOST, rollout__ahead=ahead, rollout__sampling__max_tokens=60, steps=2)
+    struck = [strike("generate", 2, signal.SIGKILL), strike("load_files", 2, signal.SIGKILL)]
+    folder, _ = run(config)
+    assert [len(pids) for pids in struck] == [1, 1]
+    assert [line["fault"] for line in failures(folder)] == ["engine", "engine"]
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert left_behind() == before
+
+
 def test_an_engine_that_is_lost_again_and_again_ends_the_run(make: Make, strike: Any) -> None:
     before = left_behind()
     config = make(rollout__engine=LOST, faults__restarts=1)

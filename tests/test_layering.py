@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recover": {"chance"},
     "rollout": {"player", "draws", "recover"},
     "source": {"explore", "player", "rollout"},
-    "ahead": {"source"},
+    "ahead": {"chance", "source"},
     "explore": {"player"},
     "evaluate": {"player", "recover", "rollout"},
     # learning
