@@ -233,7 +233,14 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _fail("stopped at once. What was kept: `rlft resume` goes on from the run's newest checkpoint.", 130)
+        from rlft.trainer import still_learning
+
+        try:
+            _fail("stopped at once. What was kept: `rlft resume` goes on from the run's newest checkpoint.", 130)
+        finally:
+            if still_learning():  # everything is closed already
+                sys.stderr.flush()
+                os._exit(130)
 
 
 def _command() -> str:

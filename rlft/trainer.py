@@ -21,6 +21,7 @@ from rlft.source import Source
 from rlft.types import Group
 
 T = TypeVar("T")
+BESIDE = "rlft-learn"  # the name of a thread that learns
 
 
 class Hooks(Protocol):
@@ -123,8 +124,13 @@ def beside(work: Callable[[], T]) -> asyncio.Future[T]:
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(tell, how, what)
 
-    threading.Thread(target=copy_context().run, args=(act,), name="rlft-learn", daemon=True).start()
+    threading.Thread(target=copy_context().run, args=(act,), name=BESIDE, daemon=True).start()
     return found
+
+
+def still_learning() -> bool:
+    """A thread of `beside` runs on. Python cannot end in an orderly way under it, torch being inside."""
+    return any(thread.name == BESIDE for thread in threading.enumerate())
 
 
 async def train(run: Run, start: int = 0) -> None:

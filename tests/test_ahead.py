@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -355,6 +359,36 @@ def test_a_run_ahead_lags_by_a_step_and_a_resumed_one_is_the_whole_one(config: P
         assert [row[name] for row in rows(part)] == [row[name] for row in metrics], name
     ends = [load_file(folder / f"checkpoints/step-{STEPS:06d}/trained.safetensors") for folder in (whole, part)]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import rlft.learner as learner
+from rlft.cli import main
+
+def slow(self, *given):
+    def press():
+        for _ in range(2):
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=press, daemon=True).start()
+    end = time.time() + 40
+    while time.time() < end:
+        learner.torch.ones(64, 64) @ learner.torch.ones(64, 64)
+
+learner.Learner.update = slow
+main()
+"""
+
+
+def test_a_second_interrupt_waits_for_nothing_and_ends_in_order(config: Path, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    command = [sys.executable, "-c", INTERRUPTED, "train", str(config), f"out={tmp_path / 'run'}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 130, done.stderr[-2000:]
+    assert "stopped at once" in done.stderr
+    assert time.monotonic() - begun < 38, "the update alone takes 40 s"
 
 
 # --- its config -------------------------------------------------------------------------------------------------------

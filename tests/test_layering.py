@@ -194,6 +194,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {
         "secrets",
         "session",
+        "trainer",
         "settings",
         "plan",
         "after",
