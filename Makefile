@@ -1,6 +1,6 @@
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test peers lint bench lock
+.PHONY: help setup demo test peers worlds lint bench lock
 export LOCK PYTHON TORCH_INDEX
 
 help:  ## list what there is
@@ -13,11 +13,14 @@ setup:  ## .venv from the pinned lock; LOCK=cpu|gpu, PYTHON=..., TORCH_INDEX=...
 demo: setup  ## train a small model to add, on whatever this machine has
 	@.venv/bin/rlft train configs/demo.yaml $(ARGS)
 
-test: setup  ## all tests, with real runs: up to 15 minutes without a GPU
-	@.venv/bin/pytest -q $(ARGS)
+test: setup  ## tests with real runs, up to 15 minutes without a GPU; ARGS='-m ""' runs the slow ones too
+	@.venv/bin/pytest -q -m "not slow" $(ARGS)
 
 peers: setup  ## other engines, for the tests that compare with them
 	@.venv/bin/python -m pip install -q --no-deps -r requirements/peers.txt
+
+worlds: setup  ## libraries of other worlds, for the tests that play them (needs a C compiler)
+	@.venv/bin/python -m pip install -q --no-deps -r requirements/worlds.txt
 
 lint: setup  ## ruff and pyright
 	@status=0; \

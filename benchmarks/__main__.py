@@ -9,7 +9,7 @@ import sys
 
 OURS = (["demo_step"], ["rollouts"])
 AGAINST_TRL = (["learner_memory"], ["learner"], ["grpo_step", "--only", "A"])
-LONG = (["cuts"], ["scaling"])
+LONG = (["cuts"], ["scaling"], ["episodes"])
 LONG_AGAINST_TRL = (["grpo_step", "--only", "B"],)
 
 if __name__ == "__main__":

@@ -78,8 +78,8 @@ def mark(pid: int | str = "self", name: str = "VmHWM") -> int:
 def one(config: str, overrides: list[str]) -> dict[str, Any]:
     """Predict and run in this process."""
     import rlft.session as session
-    from rlft.build import material
     from rlft.forecast import Forecast
+    from rlft.material import material
     from rlft.memory import MODULES
     from rlft.settings import load
     from rlft.terminal import Terminal

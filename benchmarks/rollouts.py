@@ -55,7 +55,8 @@ def chat(task: Any) -> Chat:
 
 async def through(kind: str, folder: Path) -> list[list[tuple[float, int, list[Any]]]]:
     """Seconds, tokens and requests of each round of the loop's own rollouts, for each repetition."""
-    from rlft.build import assemble, material
+    from rlft.build import assemble
+    from rlft.material import material
     from rlft.settings import load
 
     common = ["data.eval=null", "eval.every=0", "rollout.tasks_per_step=8", "rollout.group_size=8"]

@@ -26,7 +26,8 @@ import rlft  # noqa: F401  (first: it says how torch's threads wait)
 import torch
 
 from rlft.algorithms.catalog import entries
-from rlft.build import Parts, assemble, material
+from rlft.build import Parts, assemble
+from rlft.material import material
 from rlft.player import derive_seed
 from rlft.settings import validate
 from rlft.source import Recorded, Rollouts
@@ -49,6 +50,7 @@ ODD: dict[str, Any] = {"type": "custom", "path": "benchmarks.toy:odd"}
 EACH: dict[str, Any] = {"type": "per_turn", "of": EVEN}
 WORLDS: dict[str, dict[str, Any]] = {
     "rise": {"env": {"type": "retry"}, "reward": EACH, "stop": tuple(string.ascii_letters)},
+    "gigpo": {"env": {"type": "retry"}, "reward": EACH, "stop": tuple(string.ascii_letters)},
     "dpa": {
         "reward": {"type": "directed", "of": {"type": "weighted", "terms": {"even": EVEN, "odd": ODD}}},
         "direction": {"components": ("even", "odd"), "arc": (0, 45)},

@@ -10,33 +10,23 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from rlft.envs.base import Env, EnvKnobs
+from rlft.envs.base import Env, Outside
+from rlft.envs.placed import Placed
 from rlft.types import InputError, Task
 
 PATH = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 
 
-class CustomConfig(EnvKnobs):
-    """Your own: `path: my_pkg.mine:MyEnv` names a class or function that is called with a task, once an episode."""
+class Told(Outside):
+    """The knobs of environments of which a run knows nothing but what it is told."""
 
-    type: Literal["custom"] = "custom"
-    path: str = Field(pattern=PATH, description="module:name. The folder that rlft is started in is searched too")
-    options: dict[str, Any] = Field(default_factory=dict, description="keywords that it is called with beside the task")
     most_answers: int = Field(default=1, ge=1, description="answers of one episode that the context has room for")
-    most_said: int = Field(
-        default=0, ge=0, description="tokens of the environment's own messages that the context has room for"
-    )
     roles: int = Field(default=1, ge=1, description="how many roles speak, as Turn.role numbers them")
-
-    @property
-    def several(self) -> bool:
-        return True
-
-    @property
-    def pays(self) -> bool:
-        return True
+    paid_apart: bool = Field(
+        default=False, description="roles are paid each for itself (Turn.pays), and compared with themselves alone"
+    )
 
     @property
     def answers(self) -> int:
@@ -46,8 +36,23 @@ class CustomConfig(EnvKnobs):
     def speaking(self) -> int:
         return self.roles
 
-    def room(self, asked: int, count: Callable[[str], int]) -> int:
-        return self.most_said
+    @property
+    def rivals(self) -> bool:
+        return self.paid_apart
+
+    @model_validator(mode="after")
+    def _several(self) -> Told:
+        if self.paid_apart and self.roles == 1:
+            raise ValueError("env.paid_apart: there is one role, which is paid all there is; set env.roles=2 or more")
+        return self
+
+
+class CustomConfig(Told, Placed):
+    """Your own: `path: my_pkg.mine:MyEnv` names a class or function that is called with a task, once an episode."""
+
+    type: Literal["custom"] = "custom"
+    path: str = Field(pattern=PATH, description="module:name. The folder that rlft is started in is searched too")
+    options: dict[str, Any] = Field(default_factory=dict, description="keywords that it is called with beside the task")
 
     def build(self) -> Callable[[Task], Env]:
         make = load(self.path, "env.path")

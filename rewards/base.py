@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 import reprlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rlft.types import Failure, Group, InputError, Reward, RunError, Task, Trajectory
 
 TRACE = 2000  # characters of a traceback that are kept, from its end
+FINAL_LINE = re.compile(r"(?:^|\n)[ \t]*####[ \t]*([^\s#][^\n]*?)\s*$")
 KEY_HELP = "Column of the task that holds the right answer (after `data.columns` has renamed it)."
 
 
@@ -55,6 +57,33 @@ class Config(BaseModel):
         """
         return [name or self.type]
 
+    def called(self, name: str | None) -> list[tuple[str | None, Config]]:
+        """The rewards that it holds, each with the name under which it is built. name: as for `build`."""
+        return []
+
+    def reader(self, component: str, name: str | None = None) -> Config:
+        """The reward inside that reads the answer of which `component` is the verdict. name: as for `build`.
+
+        A reward around one other has no answer of its own: it is the other's.
+        """
+        for own, inner in self.called(name):
+            known = inner.components(own)
+            if component in known or inner is getattr(self, "of", None):
+                return inner.reader(component if component in known else known[0], own)
+        return self
+
+    def said(self, trajectory: Trajectory) -> Hashable | None:
+        """The final answer as this reward reads it, None where there is none: what samples of a task vote for.
+
+        The text itself, unless a reward knows better.
+        """
+        return trajectory.completion.strip() or None
+
+    def same(self) -> Callable[[Any, Any], Awaitable[bool | None]]:
+        """A function that says whether two of these are one answer, the first taken for the right one; None where that
+        could not be found out."""
+        return _equal
+
     @property
     def by_turn(self) -> bool:
         """It pays for every turn where that turn ends."""
@@ -71,9 +100,45 @@ class Config(BaseModel):
         return False
 
     @property
+    def inside(self) -> list[Config]:
+        """The rewards that it holds, by which it judges."""
+        return [part for value in vars(self).values() for part in _configs(value)]
+
+    def shown(self, task: Task) -> list[Config]:
+        """Those of them that may be asked about the answers to this task. Raises InputError where a task names none."""
+        return self.inside
+
+    def check(self, task: Task) -> None:
+        """Raises InputError where the task lacks what this reward, or one asked inside it, compares with."""
+        key = getattr(self, "key", None)
+        if key:
+            answer(task, key)
+            return
+        for part in self.shown(task):
+            part.check(task)
+
+    @property
+    def by_step(self) -> bool:
+        """What it says depends on the step of the run: see `scheduled`."""
+        return any(part.by_step for part in self.inside)
+
+    @property
     def explored(self) -> int:
         """Tokens sampled at most beside an answer in training, to find out what it is worth: by the rewards inside."""
-        return sum(part.explored for value in vars(self).values() for part in _configs(value))
+        return sum(part.explored for part in self.inside)
+
+    def judged(self, size: int, turns: int, sampling: bool) -> list[tuple[Config, int, int]]:
+        """The rewards in it that hold no others, each with the answers of a group that it is shown, and how many such
+        groups, at most: for one group of `size` episodes with `turns` answers each.
+
+        sampling: as in training, where a reward may let the policy go on.
+        """
+        parts = [part.judged(size, turns, sampling) for part in self.inside]
+        return [one for part in parts for one in part] if parts else [(self, size, 1)]
+
+
+async def _equal(one: Any, other: Any) -> bool:
+    return one == other
 
 
 def _configs(value: Any) -> list[Config]:
@@ -155,6 +220,12 @@ def answer(task: Task, key: str) -> str:
         f"task '{task.id}': column '{key}' {reason}, and the reward compares with it. Set the reward's `key` to the "
         "column that holds the right answer, or repair that row."
     )
+
+
+def final(text: str) -> str:
+    """What stands behind the `####` in the last line of a worked solution, as GSM8K writes it; else the text."""
+    worked = FINAL_LINE.search(text)
+    return worked[1] if worked else text
 
 
 class Miscounted(Exception):

@@ -4,43 +4,46 @@ validated against it, and each member is its own knobs. User code enters through
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from rlft.rewards.base import Config, scored
+from rlft.rewards.choice import Choice, Matching
+from rlft.rewards.code import Code, Program, Syntax
 from rlft.rewards.combine import total
+from rlft.rewards.combined import First, Gated, Normalised, Routed, Scheduled, Sequence
 from rlft.rewards.custom import Custom
 from rlft.rewards.directed import along
+from rlft.rewards.inside import TermName
+from rlft.rewards.instructions import Instructions
 from rlft.rewards.judges.judge import LlmJudge
+from rlft.rewards.language import Language
+from rlft.rewards.layout import Repetition, Tags
+from rlft.rewards.lengths import Cosine, Overlong, RelativeLength
 from rlft.rewards.match import Exact, Number
 from rlft.rewards.math import Math
 from rlft.rewards.model import Model
+from rlft.rewards.outcome import Outcome
 from rlft.rewards.progress import by_block, less_what_was_paid
+from rlft.rewards.reasoning_gym import ReasoningGym
+from rlft.rewards.schema import JsonSchema
+from rlft.rewards.script import Script
 from rlft.rewards.served.classifier import ServedModel
 from rlft.rewards.served.remote import Remote
 from rlft.rewards.shape import Format, Length
+from rlft.rewards.text import Bleu, Chrf, Fuzzy, Rouge
+from rlft.rewards.text_length import TextLength
+from rlft.rewards.thinking import Thinking
 from rlft.rewards.turns import turn_by_turn
 from rlft.types import Reward
-
-# The trainer logs these itself, as reward/<name> or eval/<name>.
-TAKEN = ("mean", "std", "missing", "failed", "failures", "accuracy", "reward", "tasks", "tokens_mean", "truncated")
-
-
-def _term_name(name: str) -> str:
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"'{name}' cannot name a term, being logged as reward/<name>: use letters, digits, - and _")
-    if name in TAKEN:
-        raise ValueError(f"'{name}' cannot name a term: that name is logged for every run. Choose another name.")
-    return name
 
 
 class Weighted(Config):
     """The sum of weight times value over named terms. It has no value where any term has none."""
 
     type: Literal["weighted"] = "weighted"
-    terms: dict[Annotated[str, AfterValidator(_term_name)], RewardConfig] = Field(
+    terms: dict[TermName, RewardConfig] = Field(
         min_length=1,
         description="Any rewards by a name of your choice, each with its `weight`. Each is logged as reward/<name>, "
         "the terms of a term as reward/<name>/<its name>.",
@@ -57,6 +60,9 @@ class Weighted(Config):
             inner for key, term in self.terms.items() for inner in term.components(f"{name}/{key}" if name else key)
         ]
         return [name, *terms] if name else terms
+
+    def called(self, name: str | None) -> list[tuple[str | None, Config]]:
+        return [(f"{name}/{key}" if name else key, term) for key, term in self.terms.items()]
 
     @property
     def by_turn(self) -> bool:
@@ -91,9 +97,15 @@ class PerTurn(Config):
     def build(self, name: str | None = None) -> Reward:
         return turn_by_turn(self.of.build(name), name or self.type, self.components(name), self.pay, self.weight)
 
+    def judged(self, size: int, turns: int, sampling: bool) -> list[tuple[Config, int, int]]:
+        return [(one, shown, groups * turns) for one, shown, groups in self.of.judged(size, turns, sampling)]
+
     def components(self, name: str | None = None) -> list[str]:
         last = self.of.components(name)
         return [*last, *(f"{component}/first" for component in last)]
+
+    def called(self, name: str | None) -> list[tuple[str | None, Config]]:
+        return [(name, self.of)]
 
     @property
     def by_turn(self) -> bool:
@@ -131,6 +143,9 @@ class Progress(Config):
         name = name or self.type
         return [name, *self.of.components(f"{name}/of")]
 
+    def called(self, name: str | None) -> list[tuple[str | None, Config]]:
+        return [(f"{name or self.type}/of", self.of)]
+
     @property
     def pays(self) -> bool:
         return True
@@ -142,6 +157,11 @@ class Progress(Config):
     @property
     def explored(self) -> int:
         return self.blocks * self.samples * self.tokens
+
+    def judged(self, size: int, turns: int, sampling: bool) -> list[tuple[Config, int, int]]:
+        went_on = self.of.judged(self.samples, turns, sampling) if sampling else []
+        beside = [(one, shown, groups * size * self.blocks) for one, shown, groups in went_on]
+        return self.of.judged(size, turns, sampling) + beside
 
     @model_validator(mode="after")
     def _of_answers(self) -> Progress:
@@ -167,6 +187,9 @@ class Directed(Config):
     def components(self, name: str | None = None) -> list[str]:
         return self.of.components(name)
 
+    def called(self, name: str | None) -> list[tuple[str | None, Config]]:
+        return [(name, self.of)]
+
     @property
     def directed(self) -> bool:
         return True
@@ -182,23 +205,52 @@ RewardConfig = Annotated[
     Exact
     | Number
     | Math
+    | Choice
+    | Matching
+    | Code
+    | Program
+    | Syntax
     | Format
     | Length
+    | Overlong
+    | Cosine
+    | RelativeLength
+    | Thinking
+    | Tags
+    | Repetition
+    | Script
+    | Instructions
+    | JsonSchema
+    | Language
+    | TextLength
+    | Bleu
+    | Chrf
+    | Rouge
+    | Fuzzy
     | Model
     | ServedModel
     | LlmJudge
     | Remote
+    | Outcome
+    | ReasoningGym
     | Weighted
+    | Gated
+    | Sequence
+    | First
+    | Routed
+    | Scheduled
+    | Normalised
     | Directed
     | PerTurn
     | Progress
     | Custom,
     Field(discriminator="type"),
 ]
-Weighted.model_rebuild()
-PerTurn.model_rebuild()
-Progress.model_rebuild()
-Directed.model_rebuild()
+for holding in (
+    *(Weighted, Gated, Sequence, First, Routed, Scheduled, Normalised),
+    *(Directed, PerTurn, Progress, Cosine, RelativeLength),
+):
+    holding.model_rebuild()
 
 
 def types() -> dict[str, type[Config]]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rlft.rewards.base import Config
-from rlft.rewards.threads import Threads
+from rlft.threads import Threads
 from rlft.types import Group, InputError, Reward
 
 

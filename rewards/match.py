@@ -7,12 +7,13 @@ read, not worked out: "3/4" holds a 3 and a 4. What has to be worked out is for 
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from typing import Literal
 
 from pydantic import Field
 
-from rlft.rewards.base import KEY_HELP, Config, answer, each
+from rlft.rewards.base import KEY_HELP, Config, answer, each, final
 from rlft.types import InputError, Reward, Task, Trajectory
 
 MINUS = "-\u2212\u2013\ufe63\uff0d"  # the hyphen first, lest a character class take it for a range
@@ -45,14 +46,18 @@ class Exact(Config):
 
     def judge(self, name: str) -> Reward:
         def verdict(trajectory: Trajectory) -> float:
-            gold, said = answer(trajectory.task, self.key), trajectory.completion
-            if self.strip:
-                gold, said = gold.strip(), said.strip()
-            if self.ignore_case:
-                gold, said = gold.casefold(), said.casefold()
-            return float(gold == said)
+            gold = answer(trajectory.task, self.key)
+            return float(self._compared(gold) == self._compared(trajectory.completion))
 
         return each(verdict)
+
+    def said(self, trajectory: Trajectory) -> str | None:
+        return self._compared(trajectory.completion) or None
+
+    def _compared(self, text: str) -> str:
+        """What counts of a text."""
+        text = text.strip() if self.strip else text
+        return text.casefold() if self.ignore_case else text
 
 
 class Number(Config):
@@ -72,13 +77,24 @@ class Number(Config):
 
         def verdict(trajectory: Trajectory) -> float:
             gold = right_number(trajectory.task, self.key)
-            found = numbers_in(trajectory.completion)
-            if not found or (self.which == "only" and len(found) > 1):
-                return 0.0
-            said = found[0] if self.which == "first" else found[-1]
-            return float(abs(said - gold) <= tolerance)
+            said = self.said(trajectory)
+            return float(said is not None and abs(said - gold) <= tolerance)
 
         return each(verdict)
+
+    def said(self, trajectory: Trajectory) -> Decimal | None:
+        found = numbers_in(trajectory.completion)
+        if not found or (self.which == "only" and len(found) > 1):
+            return None
+        return found[0] if self.which == "first" else found[-1]
+
+    def same(self) -> Callable[[Decimal, Decimal], Awaitable[bool]]:
+        tolerance = Decimal(repr(self.tolerance))
+
+        async def same(one: Decimal, other: Decimal) -> bool:
+            return abs(one - other) <= tolerance
+
+        return same
 
 
 def numbers_in(text: str) -> list[Decimal]:
@@ -91,9 +107,12 @@ def numbers_in(text: str) -> list[Decimal]:
 
 
 def right_number(task: Task, key: str) -> Decimal:
-    """The task's answer as a number. Raises InputError where it is missing or is not one number and nothing else."""
+    """The task's answer as a number, alone or behind the `####` of a worked solution.
+
+    Raises InputError where it is missing or is not one number and nothing else.
+    """
     text = answer(task, key)
-    match = NUMBER.fullmatch(text.strip().lstrip(CURRENCY).rstrip(f". %{CURRENCY}"))
+    match = NUMBER.fullmatch(final(text).strip().lstrip(CURRENCY).rstrip(f". %{CURRENCY}"))
     if match is None:
         raise InputError(
             f"task '{task.id}': column '{key}' holds {text!r}, which is not a number. Repair that row, set the "

@@ -5,14 +5,20 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+import regex
 from pydantic import Field, ValidationInfo, field_validator
 
 from rlft.rewards.base import Config, each
+from rlft.rewards.pooled import Verdict, pooled
 from rlft.types import Reward, Trajectory
 
 
 class Format(Config):
-    """1 if the completion matches a regular expression, else 0."""
+    """1 if the completion matches a regular expression, else 0.
+
+    It is matched by the module regex, which reads what Python's `re` accepts and can be stopped: an expression with a
+    repetition in a repetition may take years on an answer that nearly matches, and `re` would hold up the whole run.
+    """
 
     type: Literal["format"] = "format"
     pattern: str = Field(
@@ -21,6 +27,9 @@ class Format(Config):
     full: bool = Field(
         default=True,
         description="The whole completion must match, without the white space at its ends. false: a part is enough.",
+    )
+    seconds: float = Field(
+        default=5.0, gt=0, allow_inf_nan=False, description="For one completion. One that takes longer has failed."
     )
 
     @field_validator("pattern")
@@ -33,13 +42,15 @@ class Format(Config):
         return pattern
 
     def judge(self, name: str) -> Reward:
-        pattern = re.compile(self.pattern)
+        pattern = regex.compile(self.pattern)
+        limits = {"timeout": self.seconds, "concurrent": True}
 
-        def verdict(trajectory: Trajectory) -> float:
+        def verdict(trajectory: Trajectory) -> Verdict:
             text = trajectory.completion
-            return float(bool(pattern.fullmatch(text.strip()) if self.full else pattern.search(text)))
+            found = pattern.fullmatch(text.strip(), **limits) if self.full else pattern.search(text, **limits)
+            return float(found is not None), {}
 
-        return each(verdict)
+        return pooled(verdict, name, seconds=10 * self.seconds + 60)
 
 
 class Length(Config):

@@ -77,7 +77,7 @@ def until(trajectory: Trajectory, turn: Said) -> Trajectory:
 
 def _cut(sample: Sample, end: int) -> Sample:
     lists = (sample.tokens[:end], sample.mask[:end], sample.logprobs[:end], sample.rewards[:end])
-    return Sample(*lists, version=sample.version, agent=sample.agent)
+    return Sample(*lists, version=sample.version, agent=sample.agent, role=sample.role)
 
 
 async def _judged(inner: Reward, parts: Sequence[Sequence[Trajectory]]) -> list[list[float | None]]:

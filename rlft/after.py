@@ -12,11 +12,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from rlft.build import Material, assemble, make_policy, material
+from rlft.build import assemble, make_policy
 from rlft.chat import Chat
 from rlft.checkpoint import Checkpoints, disk_errors, load_trained, of_agent
 from rlft.config import Config
+from rlft.interval import told
 from rlft.learner import Learner, Schedule
+from rlft.material import Material, material
 from rlft.models import locate
 from rlft.policy import Policy
 from rlft.session import of_run
@@ -30,10 +32,12 @@ def evaluate(path: Path, overrides: Sequence[str], step: int | None, agent: int 
     config = of_run(path, list(overrides)) if is_run else load(path, overrides)
     if config.data.eval is None:
         raise InputError("data.eval: there are no held-out tasks to evaluate on")
-    folder = _chosen(path, step, agent) if is_run else None
-    metrics = asyncio.run(_evaluate(material(_alone(config)), folder))
-    width = max(map(len, metrics))
-    return "\n".join(f"{name:{width}}  {value:.4f}" for name, value in metrics.items())
+    folder = chosen(path, step, agent) if is_run else None
+    metrics = asyncio.run(_evaluate(material(of_one_agent(config)), folder))
+    ends = {f"{name}_{end}" for name in metrics for end in ("low", "high") if f"{name}_{end}" in metrics}
+    shown = {k: told(metrics, k) if f"{k}_low" in ends else f"{v:.4f}" for k, v in metrics.items() if k not in ends}
+    width = max(map(len, shown))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in shown.items())
 
 
 async def _evaluate(stuff: Material, folder: Path | None) -> dict[str, float]:
@@ -51,7 +55,7 @@ async def _evaluate(stuff: Material, folder: Path | None) -> dict[str, float]:
 def export(run: Path, to: Path, merged: bool, step: int | None, agent: int = 0) -> str:
     """Write the adapter, or the merged model, with the tokenizer; says what loads it."""
     config = of_run(run)
-    folder = _chosen(run, step, agent)
+    folder = chosen(run, step, agent)
     if to.exists() and any(to.iterdir()):
         raise InputError(f"--to: {to} is not empty; choose a new folder")
     policy = _policy(config, folder)
@@ -75,7 +79,7 @@ def sample(run: str, prompt: str | None, temperature: float, max_tokens: int, ag
     tuned = (folder / "config.yaml").is_file()
     if tuned:
         config = of_run(folder)
-        policy = _policy(config, _chosen(folder, None, agent))
+        policy = _policy(config, chosen(folder, None, agent))
         chat = Chat(policy.path, config.model.chat_template, config.model.trust_remote_code)
     else:
         policy = Policy(locate(run), {"type": "lora", "target_modules": "all-linear"})
@@ -114,12 +118,12 @@ def _answer(policy: Policy, chat: Chat, text: str, temperature: float, max_token
     return chat.decode(out[0, tokens.shape[1] :].tolist())
 
 
-def _alone(config: Config) -> Config:
+def of_one_agent(config: Config) -> Config:
     """With one agent, which plays every role."""
-    return config.model_copy(update={"agents": config.agents.model_copy(update={"count": 1})})
+    return config.model_copy(update={"agents": config.agents.model_copy(update={"count": 1, "past": 0})})
 
 
-def _chosen(run: Path, step: int | None, agent: int = 0) -> Path:
+def chosen(run: Path, step: int | None, agent: int = 0) -> Path:
     """The folder of an agent in a run's checkpoint; the newest where no step is named."""
     checkpoints = Checkpoints(run / "checkpoints", 1)
     have = checkpoints.steps()

@@ -22,22 +22,27 @@ from rlft.batch import Batch
 from rlft.engine.base import Engine, Weights
 from rlft.learner import Learner
 from rlft.parity import Mismatch
+from rlft.past import Past
 from rlft.policy import Policy
 from rlft.swap import Swap
 from rlft.sync import Report, Sync, cold
 from rlft.types import Completion, InputError, Sampling
 
 COUNTS = ("learner/skipped", "reference/refreshed")
+COUNT, PAST = "agents.count", "agents.past"
+NONE = {COUNT: "agents.count=1", PAST: "agents.past=0"}
 T = TypeVar("T")
 
 
 class Agents:
     """The learners of `count` agents. make: builds the learner of the policy whose values stand in the model.
 
-    Outside of `acting` agent 0's values are in place, so that what knows of one policy has agent 0.
+    Outside of `acting` agent 0's values are in place, so that what knows of one policy has agent 0. past: earlier
+    versions of the one agent that there is then, which play as further agents and learn nothing.
     """
 
-    def __init__(self, policy: Policy, count: int, make: Callable[[], Learner]) -> None:
+    def __init__(self, policy: Policy, count: int, make: Callable[[], Learner], past: Past | None = None) -> None:
+        self.past = past
         first = dict(policy.trainable())
         copies = ({name: nn.Parameter(p.detach().clone()) for name, p in first.items()} for _ in range(count - 1))
         self._swaps = [Swap(policy.model, values) for values in (first, *copies)]
@@ -78,6 +83,8 @@ class Agents:
 
         found = self.each(learn)
         self._learned = {}
+        if len(found) == 1:
+            return found[0]
         own = {f"agent/{agent}/{name}": value for agent, one in enumerate(found) for name, value in one.items()}
         return together(found) | own
 
@@ -140,24 +147,46 @@ class Seat:
 
 
 class Syncs:
-    """A sync of every agent, one after the other, each with both proofs. make: one for an engine and a learner."""
+    """A sync of every agent, one after the other, each with both proofs. make: one for an engine and a learner.
+
+    Earlier versions go first, where the engine has not got them yet, so that it ends at the version that is current.
+    """
 
     def __init__(self, agents: Agents, engine: Engine, make: Callable[[Engine, Learner], Sync]) -> None:
         self._agents = agents
         self._syncs = agents.each(lambda agent: make(Seat(engine, agent), agents.learners[agent]))
+        first, slots = len(self._syncs), range(len(agents.past or ()))
+        self._past = [make(Seat(engine, first + slot), agents.learners[0]) for slot in slots]
+        self._sent: dict[int, int] = {}  # by slot, the version that the engine has
 
     async def __call__(self, policy: Policy, version: int) -> Report:
         """See `Sync`: seconds of all agents, and the largest gap."""
-        reports = []
+        reports = await self._earlier(policy, version)
         for agent, sync in enumerate(self._syncs):
             with self._agents.acting(agent):
                 reports.append(await sync(policy, version))
         seconds, proving = sum(r.seconds for r in reports), sum(r.prove_seconds for r in reports)
         return Report(version, seconds, proving, max(r.gap for r in reports))
 
+    async def _earlier(self, policy: Policy, version: int) -> list[Report]:
+        past, reports = self._agents.past, []
+        if past is None:
+            return reports
+        past.keep(version)
+        for slot, kept in past.versions.items():
+            if self._sent.get(slot) != kept:
+                with past.acting(slot):
+                    reports.append(await self._past[slot](policy, kept))
+                self._sent[slot] = kept
+        return reports
+
+    def renewed(self) -> None:
+        """The engine is another, and has nothing yet."""
+        self._sent = {}
+
     def close(self) -> None:
         """Remove what the syncs have left on the disk."""
-        for sync in self._syncs:
+        for sync in (*self._syncs, *self._past):
             sync.close()
 
 
@@ -166,24 +195,26 @@ def synced(trainee: Trainee, engine: Engine, make: Callable[[Engine, Learner], S
     return Syncs(trainee, engine, make) if isinstance(trainee, Agents) else make(engine, trainee)
 
 
-def refuse_together(algorithm: Algorithm) -> None:
-    """What several agents cannot learn by, each from its own samples. Raises InputError."""
+def refuse_together(algorithm: Algorithm, key: str = COUNT) -> None:
+    """What several agents cannot learn by, each from its own samples. key: the config's that asks for them. Raises
+    InputError.
+    """
     if algorithm.draws:
         raise InputError(
-            "agents.count: this algorithm draws further members of a group beside the policy's samples, and whose they "
-            "are is not said; set agents.count=1, or choose an algorithm that learns from its own samples alone"
+            f"{key}: this algorithm draws further members of a group beside the policy's samples, and whose they "
+            f"are is not said; set {NONE[key]}, or choose an algorithm that learns from its own samples alone"
         )
     if algorithm.unit > 1:
         raise InputError(
-            f"agents.count: this algorithm compares rows in units of {algorithm.unit}, which break where an episode "
-            "ends before every agent has spoken; set agents.count=1, or choose an algorithm that compares scores"
+            f"{key}: this algorithm compares rows in units of {algorithm.unit}, which break where an episode "
+            f"ends before every agent has spoken; set {NONE[key]}, or choose an algorithm that compares scores"
         )
 
 
-def refuse_unservable(policy: Policy) -> None:
+def refuse_unservable(policy: Policy, key: str = COUNT) -> None:
     """Adapters that vLLM cannot serve beside each other. Raises InputError."""
     if reason := cold(policy):
         raise InputError(
-            f"agents.count: vLLM serves several agents as hot-loaded adapters only, and {reason}. Choose lora, or the "
+            f"{key}: vLLM serves several agents as hot-loaded adapters only, and {reason}. Choose lora, or the "
             "local engine"
         )

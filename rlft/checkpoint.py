@@ -24,11 +24,13 @@ import rlft.chance as chance
 from rlft.agents import Agents, Trainee, learners
 from rlft.allocation import allocator
 from rlft.learner import Learner
+from rlft.past import Past
 from rlft.source import Source
 from rlft.types import InputError
 from rlft.whole import WRITING, remove
 
 NAME = re.compile(r"step-(\d{6,})")
+PAST = "past.safetensors"
 
 
 class Checkpoints:
@@ -113,6 +115,8 @@ def write(folder: Path, step: int, trainee: Trainee, source: Source, best: tuple
     """Everything of one checkpoint into an empty folder."""
     if isinstance(trainee, Agents):
         trainee.each(lambda agent: _write(of_agent(folder, agent), step, trainee.learners[agent], source, best))
+        if trainee.past is not None:
+            save_file(trainee.past.state_dict(), folder / PAST)
     else:
         _write(folder, step, trainee, source, best)
 
@@ -151,9 +155,23 @@ def restore(folder: Path, trainee: Trainee, source: Source | None) -> int:
             f"agents.count: {folder} is not of {len(own)} agent{'s' * (len(own) > 1)}; resume with as many as the run "
             "began with"
         )
+    if source is not None:  # without one nothing is played
+        _restore_past(folder, trainee.past if isinstance(trainee, Agents) else None)
     if isinstance(trainee, Agents):
         return trainee.each(lambda agent: _restore(own[agent], trainee.learners[agent], source))[0]
     return _restore(folder, trainee, source)
+
+
+def _restore_past(folder: Path, past: Past | None) -> None:
+    """The opponents of a policy that plays against its past."""
+    there = (folder / PAST).is_file()
+    if past is not None and there:
+        past.load_state_dict(load_file(folder / PAST), int(read_state(folder)["step"]))
+    elif past is not None or there:
+        raise InputError(
+            f"agents.past: {folder} was written {'with' if there else 'without'} past versions of the policy; resume "
+            "with the agents.past that the run began with"
+        )
 
 
 def _restore(folder: Path, learner: Learner, source: Source | None) -> int:

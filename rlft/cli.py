@@ -123,6 +123,17 @@ def pairs(
 
 
 @app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs", metavar="RUN_DIR...")],
+    to: Annotated[Path, typer.Option(help="a picture: .png, .svg or .pdf")] = Path("curves.png"),
+) -> None:
+    """Draw what runs learned: reward in training, and held-out accuracy with its interval."""
+    from rlft.curves import draw
+
+    typer.echo(draw(runs, to))
+
+
+@app.command()
 def replay(
     run: RunFolder,
     overrides: Overrides = None,
@@ -162,6 +173,26 @@ def doctor(run: Annotated[Path | None, typer.Argument(help="also look at a run",
     raise typer.Exit(0 if healthy else 1)
 
 
+@app.command()
+def audit(
+    config: Annotated[Path, typer.Argument(help="a YAML file with a `reward:` block", metavar="CONFIG")],
+    cases: Annotated[Path, typer.Argument(help="completions with what is right", metavar="CASES")],
+    overrides: Overrides = None,
+    label: Annotated[str, typer.Option(help="column that says whether a case should pass")] = "good",
+    threshold: Annotated[float, typer.Option(help="verdicts from here on pass")] = 0.5,
+    most: Annotated[int, typer.Option(help="mistakes to show", min=0)] = 20,
+    strict: Annotated[bool, typer.Option("--strict", help="exit with 1 where there is a mistake")] = False,
+) -> None:
+    """Hold a reward against cases whose answers are known."""
+    from rlft.audit import audit as hold
+    from rlft.audit import show
+    from rlft.tables import wide
+
+    done = hold(config, overrides or [], cases, label, threshold)
+    show(done, wide(), most)
+    raise typer.Exit(1 if strict and done.mistakes else 0)
+
+
 @app.command(name="serve-reward")
 def serve_reward(
     config: Annotated[Path, typer.Argument(help="a YAML file with a `reward:` block", metavar="CONFIG")],
@@ -174,6 +205,40 @@ def serve_reward(
     from rlft.serve_reward import serve
 
     serve(config, overrides or [], host, port, key_env, typer.echo)
+
+
+@app.command(name="serve-env")
+def serve_env(
+    config: Annotated[Path, typer.Argument(help="a YAML file with an `env:` block", metavar="CONFIG")],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines too")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free one", min=0, max=65535)] = 8081,
+    key_env: Annotated[str | None, typer.Option(help="environment variable with the key that is asked for")] = None,
+    idle: Annotated[float, typer.Option(help="seconds after which a silent episode is closed", min=1)] = 600.0,
+    sessions: Annotated[int, typer.Option(help="episodes at once", min=1)] = 1024,
+) -> None:
+    """Play for runs elsewhere, whose environment is `type: remote`."""
+    from rlft.serve_env import serve
+
+    serve(config, overrides or [], host, port, key_env, idle, sessions, typer.echo)
+
+
+@app.command(name="serve-policy")
+def serve_policy(
+    run: Annotated[Path, typer.Argument(help="a YAML file or the folder of a run", metavar="CONFIG|RUN_DIR")],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines too")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free one", min=0, max=65535)] = 8082,
+    key_env: Annotated[str | None, typer.Option(help="environment variable with the key that is asked for")] = None,
+    record: Annotated[Path | None, typer.Option(help="a folder; episodes are written there, a key is one")] = None,
+    idle: Annotated[float, typer.Option(help="seconds after which a silent episode ends", min=1)] = 600.0,
+    step: Annotated[int | None, typer.Option(help="of the run's checkpoints; default: the newest")] = None,
+    agent: Agent = 0,
+) -> None:
+    """Serve a policy to OpenAI clients; with --record, so that what they do can be learned from."""
+    from rlft.serve_policy import Service, serve
+
+    serve(Service(run, overrides or [], step, agent, record, idle), host, port, key_env, typer.echo)
 
 
 @app.command(name="serve-judge", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -13,9 +13,11 @@ from rlft.algorithms.catalog import AlgorithmConfig
 from rlft.allocation import ranks_problem
 from rlft.config_agents import Agents, agents_problem
 from rlft.config_data import Block, Data
+from rlft.config_eval import Eval, eval_problem
 from rlft.config_memory import Memory
 from rlft.config_parity import Parity
 from rlft.config_rollout import Rollout
+from rlft.curriculum.catalog import Uniform
 from rlft.envs.catalog import EnvConfig, SingleTurnConfig
 from rlft.rewards.catalog import RewardConfig
 
@@ -98,18 +100,6 @@ class Sync(Block):
     type: Literal["auto", "merged", "adapter"] = "auto"
 
 
-class Eval(Block):
-    """Held-out tasks, greedy, before and after training and every so many steps."""
-
-    every: int = Field(default=0, ge=0, description="steps; 0: only before and after training")
-    accuracy: str | None = Field(
-        default=None, description="the reward component that means correct; default: the first"
-    )
-    samples: int = Field(
-        default=1, ge=1, description="above 1: also eval/pass@k, from k samples at the run's temperature"
-    )
-
-
 class Checkpoint(Block):
     """What is kept."""
 
@@ -122,6 +112,9 @@ class Faults(Block):
 
     reward: float = Field(
         default=0.25, ge=0, le=1, description="share of a step's trajectories on which the reward may fail"
+    )
+    env: float = Field(
+        default=0.25, ge=0, le=1, description="share of a step's episodes in which the environment may fail"
     )
     restarts: int = Field(default=3, ge=0, description="how often a worker engine that is lost is started again")
     skipped: int = Field(
@@ -210,10 +203,16 @@ class Config(Block):
         """How many optimizer steps the run takes."""
         return self.steps * self.learner.epochs * self.learner.minibatches
 
+    @property
+    def envs(self) -> tuple[EnvConfig, ...]:
+        """Of the tasks that are trained on, and of those held out where it is another."""
+        return (self.env,) if self.eval.env is None else (self.env, self.eval.env)
+
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        problems = (_reward_problem, _turn_problem, _group_problem, _source_problem, _dropout_problem, _adapter_problem)
-        for problem in (*problems, _direction_problem, _sync_problem, _ahead_problem, agents_problem):
+        of_data = (_direction_problem, _curriculum_problem, _source_problem)
+        problems = (_reward_problem, eval_problem, _turn_problem, _group_problem, _dropout_problem, _adapter_problem)
+        for problem in (*problems, *of_data, _sync_problem, _ahead_problem, agents_problem):
             reason = problem(self)
             if reason:
                 raise ValueError(reason)
@@ -221,15 +220,8 @@ class Config(Block):
 
 
 def _reward_problem(config: Config) -> str | None:
-    if config.eval.every and config.data.eval is None:
-        return "eval.every: there are no held-out tasks to evaluate on; set data.eval, or eval.every=0"
-    if config.reward is None:
-        if config.online and config.algorithm.scored:
-            return "reward: samples of the policy need a reward to score them; add a reward block"
-        return "reward: data.eval needs a reward to say what is correct" if config.data.eval else None
-    known = config.reward.components()
-    if config.eval.accuracy is not None and config.eval.accuracy not in known:
-        return f"eval.accuracy: the reward has no component {config.eval.accuracy!r}; it has {', '.join(known)}"
+    if config.reward is None and config.online and config.algorithm.scored:
+        return "reward: samples of the policy need a reward to score them; add a reward block"
     return None
 
 
@@ -256,6 +248,23 @@ def _direction_problem(config: Config) -> str | None:
     unknown = [name for name in given.components if name not in known] if given else []
     if unknown:
         return f"data.direction.components: the reward has no component {unknown[0]!r}; it has {', '.join(known)}"
+    return None
+
+
+def _curriculum_problem(config: Config) -> str | None:
+    """A curriculum learns from samples, by a component that there is."""
+    block = config.data.curriculum
+    if isinstance(block, Uniform):
+        return None
+    if not config.online:
+        return (
+            f"data.curriculum: {block.type} chooses by how samples came out, and these answers are recorded; remove it"
+        )
+    known = config.reward.components() if config.reward is not None else []
+    if config.reward is None:
+        return f"data.curriculum: {block.type} chooses by scores, and there is no reward; add a reward block"
+    if block.component is not None and block.component not in known:
+        return f"data.curriculum.component: the reward has no component {block.component!r}; it has {', '.join(known)}"
     return None
 
 

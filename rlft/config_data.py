@@ -6,8 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from rlft.curriculum.catalog import CurriculumConfig, Uniform
 from rlft.peek import columns
+from rlft.reasoning import check
+from rlft.types import InputError
+from rlft.wording import PLACE
 
+HELD_OUT = 10**9  # where the seeds of held-out episodes begin
 RECORDED_ROLES = ("completion", "completions", "chosen")
 
 
@@ -38,7 +43,63 @@ class Generated(Block):
     limit: int | None = Field(default=None, ge=1, description="only so many rows, after shuffling by the seed")
 
 
-Rows = Annotated[File | Generated, Field(discriminator="type")]
+class Templates(Block):
+    """Problems made of templates: a text with places for numbers, and a formula that gives the answer."""
+
+    type: Literal["template"] = "template"
+    path: str = Field(description="a .yaml, .json or .jsonl file of templates")
+    count: int = Field(default=1000, ge=1, description="how many problems; the templates take turns")
+    split: Literal["train", "eval", "perturb"] = Field(
+        default="train",
+        description="side of the held-out numbers, or numbers beyond those of training; under eval: eval",
+    )
+    holdout: float = Field(default=0.2, gt=0, lt=1, description="share of the numbers that is held out")
+    seed: int = Field(default=0, description="chooses which of the numbers")
+
+
+class Seeds(Block):
+    """Episodes of an environment that makes its own beginning of a number, the row's `seed`."""
+
+    type: Literal["seeds"] = "seeds"
+    count: int = Field(default=1000, ge=1, description="how many")
+    split: Literal["train", "eval"] = Field(
+        default="train", description="train counts from 0, eval from 1000000000; under eval: eval"
+    )
+    start: int = Field(default=0, ge=0, description="the first of them, counted from there")
+    prompt: str = Field(default="Begin.", min_length=1, description="for environments that do not open themselves")
+
+    @model_validator(mode="after")
+    def _apart(self) -> Seeds:
+        if self.split == "train" and self.start + self.count > HELD_OUT:
+            raise ValueError(f"start: seeds from {HELD_OUT} on are held out; begin lower")
+        return self
+
+
+class ReasoningGym(Block):
+    """Questions of a reasoning-gym dataset, or of several."""
+
+    type: Literal["reasoning_gym"] = "reasoning_gym"
+    dataset: str = Field(min_length=1, description="its name there, such as chain_sum; composite: several at once")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="the dataset's own; for composite {datasets: [{name, weight, config}]}"
+    )
+    count: int = Field(default=1000, ge=1, description="the most questions; no question stands there twice")
+    split: Literal["train", "eval"] = Field(
+        default="train", description="side of the held-out questions; under eval: eval"
+    )
+    holdout: float = Field(default=0.2, ge=0.001, le=0.999, description="share of the questions that is held out")
+    seed: int = Field(default=0, ge=0, description="the first of those that questions are drawn with")
+
+    @model_validator(mode="after")
+    def _known(self) -> ReasoningGym:
+        try:
+            check(self.dataset, self.options)
+        except InputError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+Rows = Annotated[File | Generated | Templates | Seeds | ReasoningGym, Field(discriminator="type")]
 
 
 class Direction(Block):
@@ -79,9 +140,14 @@ class Data(Block):
         "rejected, objectives, objectives/<name>, user, direction; any other name is passed to the reward. Columns "
         "that are not named keep their own name.",
     )
+    prompt: str = Field(
+        default=PLACE, description="what the policy is asked: {prompt} is the row's prompt, its last user message"
+    )
+    system: str | None = Field(default=None, min_length=1, description="a system message for every prompt")
     direction: Direction | None = Field(
         default=None, description="a direction among the reward's components for each task, for a `directed` reward"
     )
+    curriculum: CurriculumConfig = Field(default=Uniform(), description="which tasks a step draws")
 
     @property
     def own(self) -> frozenset[str]:
@@ -94,11 +160,31 @@ class Data(Block):
         """The roles of recorded answers that the training data have: named in `columns`, or under their own name."""
         return {role for role in RECORDED_ROLES if role in self.own}
 
+    @model_validator(mode="after")
+    def _one_share(self) -> Data:
+        shares = {
+            kind: {side.holdout for side in (self.train, self.eval) if isinstance(side, kind)}
+            for kind in (Templates, ReasoningGym)
+        }
+        if any(len(each) > 1 for each in shares.values()):
+            raise ValueError("train and eval hold out different shares (`holdout`), so that problems would be in both")
+        sums = {(side.holdout, side.seed) for side in (self.train, self.eval) if isinstance(side, Generated)}
+        if len(sums) > 1:
+            raise ValueError("train and eval have another `holdout` or `seed`, so that sums would be in both")
+        return self
+
+    @field_validator("prompt")
+    @classmethod
+    def _with_a_place(cls, value: str) -> str:
+        if PLACE not in value:
+            raise ValueError(f"prompt: without {PLACE} every task would ask the same; write it where the row's goes")
+        return value
+
     @field_validator("train", "eval", mode="before")
     @classmethod
     def _plain(cls, value: Any, field: ValidationInfo) -> Any:
         if isinstance(value, str):
             return {"type": "file", "path": value}
-        if isinstance(value, dict) and value.get("type") == "generated":
+        if isinstance(value, dict) and value.get("type") in ("generated", "template", "seeds", "reasoning_gym"):
             return {"split": field.field_name, **value}
         return {"type": "file", **value} if isinstance(value, dict) and "type" not in value else value

@@ -62,6 +62,21 @@ class Draw(Block):
         return self
 
 
+class Episode(Block):
+    """What one episode may take, and what becomes of its history."""
+
+    turns: int | None = Field(default=None, ge=1, description="answers of the policy; none: the environment's own end")
+    tokens: int | None = Field(default=None, ge=1, description="tokens that the policy says, over all turns")
+    seconds: float | None = Field(
+        default=None, gt=0, description="wall-clock time, looked at before each turn; a resumed run is not equal then"
+    )
+    call: float = Field(default=60.0, gt=0, description="seconds of one call of the environment, failed after that")
+    history: Literal["refuse", "split"] = Field(
+        default="refuse",
+        description="where the chat template changes earlier turns: an error, or a new sample with every turn",
+    )
+
+
 class Rollout(Block):
     """How a step's groups are made. For recorded data only `tasks_per_step` counts, and the engine if there is eval."""
 
@@ -77,6 +92,7 @@ class Rollout(Block):
         description="steps that samples are drawn before they are learned from, beside the learner; 0: in turn",
     )
     sampling: Draw = Draw()
+    episode: Episode = Episode()
     deterministic: bool = Field(
         default=True,
         description="forget cached prompts after each evaluation and proof: a resumed run is equal",

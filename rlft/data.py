@@ -1,36 +1,20 @@
-"""Rows to tasks and groups. Rows come from JSONL, Parquet or the hub; bad ones are refused by number."""
+"""Rows to tasks and groups; bad rows are refused by number."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from rlft.chat import Chat
+from rlft.rows import Row, first_few, refuse
 from rlft.steps import ends, join
 from rlft.types import NAN, Group, InputError, Message, Sample, Task, Trajectory
 
-Row = Mapping[str, Any]
-SHOWN = 5
 OBJECTIVE = "objectives/"
+ASKING = ("question", "problem")
 OF_ANSWERS = ("completion", "completions", "chosen", "rejected", "scores", "ranks", "labels", "objectives")
-
-
-def read(path: str, subset: str | None = None, split: str = "train", limit: int | None = None) -> list[Row]:
-    """The rows of a .jsonl, .json or .parquet file, or of a hub data set. Raises InputError."""
-    file = Path(path)
-    if file.suffix in (".jsonl", ".json", ".parquet") or file.exists():
-        if not file.is_file():
-            raise InputError(f"data: there is no file {path}")
-        rows = _parquet(file) if file.suffix == ".parquet" else _json(file)
-    else:
-        rows = _hub(path, subset, split)
-    if not rows:
-        raise InputError(f"data: {path} holds no rows")
-    return rows[:limit]
 
 
 def tasks(rows: Sequence[Row], columns: Mapping[str, str], name: str) -> list[Task]:
@@ -39,34 +23,44 @@ def tasks(rows: Sequence[Row], columns: Mapping[str, str], name: str) -> list[Ta
     role = "messages" if "messages" in renamed[0] and "prompt" not in columns else "prompt"
     _require(renamed, role, columns, name)
     opened = [_messages(row[role]) for row in renamed]
-    _refuse([i for i, messages in enumerate(opened) if messages is None], f"{role} is empty or null", name)
+    refuse([i for i, messages in enumerate(opened) if messages is None], f"{role} is empty or null", name)
     last = [i for i, m in enumerate(opened) if m and m[-1]["role"] == "assistant"]
-    _refuse(last, "the messages end with the assistant, so there is nothing to answer", name)
+    refuse(last, "the messages end with the assistant, so there is nothing to answer", name)
     return [_task(row, messages or (), role, f"{name}:{i + 1}") for i, (row, messages) in
             enumerate(zip(renamed, opened, strict=True))]  # fmt: skip
 
 
-def recorded(rows: Sequence[Row], columns: Mapping[str, str], name: str, chat: Chat) -> list[Group]:
+def recorded(
+    rows: Sequence[Row],
+    columns: Mapping[str, str],
+    name: str,
+    chat: Chat,
+    word: Callable[[Task], Task] = lambda task: task,
+) -> list[Group]:
     """A group per row: a demonstration of one, a pair of two with scores 1 and 0, or scored completions.
 
     Roles: messages that end with the assistant; or prompt with completion (and its label: true scores 1, false 0),
     with chosen and rejected, or with completions and their scores or ranks (the best scores 1, the worst 0). Without a
     prompt, it is what chosen and rejected share. Completions with labels are the steps of one answer (TRL's stepwise
     supervision); a label is 1 or -1 in the sample's rewards. `objectives` (numbers by name, one such entry for each
-    answer) and `objectives/<name>` stand in the trajectory's metrics, as a reward's components do.
+    answer) and `objectives/<name>` stand in the trajectory's metrics, as a reward's components do. `samples` beside a
+    completion are the tokens of the whole episode as they were sampled, and `score` is its score. word: puts a task
+    into the run's own words.
     """
     renamed = _rename(rows, columns, name)
     groups = []
     bad: dict[str, list[int]] = {}
     for i, row in enumerate(renamed):
         try:
-            prompt, answers = _answers(row)
-            task = _task(row, prompt, "prompt", f"{name}:{i + 1}")
-            groups.append(tuple(_recorded(task, answer, chat) for answer in answers))
+            sampled = _is_sampled(row.get("samples"))
+            prompt, answers = (_messages(row.get("prompt")) or (), []) if sampled else _answers(row)
+            task = word(_task(row, prompt, "prompt", f"{name}:{i + 1}"))
+            recordings = (_recorded(task, answer, chat) for answer in answers)
+            groups.append((_as_sampled(task, row, chat),) if sampled else tuple(recordings))
         except _BadRow as error:
             bad.setdefault(str(error), []).append(i)
     for reason, where in bad.items():
-        _refuse(where, reason, name)
+        refuse(where, reason, name)
     return groups
 
 
@@ -106,53 +100,10 @@ class _BadRow(Exception):
     """One row's mistake; collected so that all rows with it are named at once."""
 
 
-def _json(file: Path) -> list[Row]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data: {file} does not read as text: {error}") from error
-    if file.suffix == ".json" and text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"data: {file} is not JSON: {error}") from error
-    else:
-        rows = []
-        for i, line in enumerate(text.split("\n")):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except (json.JSONDecodeError, RecursionError) as error:
-                    raise InputError(f"data: {file} line {i + 1} is not JSON: {error}") from error
-    _refuse([i for i, row in enumerate(rows) if not isinstance(row, dict)], "it is not a JSON object", str(file))
-    return rows
-
-
-def _parquet(file: Path) -> list[Row]:
-    import pyarrow.parquet
-    from pyarrow import ArrowException
-
-    try:
-        return pyarrow.parquet.read_table(file).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise InputError(f"data: {file} does not read as Parquet: {error}") from error
-
-
-def _hub(name: str, subset: str | None, split: str) -> list[Row]:
-    import datasets
-
-    try:
-        return list(datasets.load_dataset(name, subset, split=split))  # type: ignore[arg-type]
-    except Exception as error:  # the hub's client raises many kinds; all mean that the data cannot be had
-        raise InputError(
-            f"data: {name!r} is neither a file here nor a data set that the hub gives "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
-        ) from error
-
-
 def _rename(rows: Sequence[Row], columns: Mapping[str, str], name: str) -> list[dict[str, Any]]:
     """Rows under role names. A column that is asked for and nowhere to be found is refused."""
     have = {key for row in rows for key in row}
+    columns = {**_asking(have, columns), **columns}
     for role, column in columns.items():
         if column not in have:
             raise InputError(f"data.columns.{role}: {name} has no column {column!r}; it has {', '.join(sorted(have))}")
@@ -164,6 +115,14 @@ def _rename(rows: Sequence[Row], columns: Mapping[str, str], name: str) -> list[
     ]
 
 
+def _asking(have: Set[str], columns: Mapping[str, str]) -> dict[str, str]:
+    """The column that is the prompt in data without `prompt` and `messages`, under a name that many use for it."""
+    if {"prompt", "messages"} & (have | set(columns)):
+        return {}
+    found = next((name for name in ASKING if name in have and name not in columns.values()), None)
+    return {"prompt": found} if found else {}
+
+
 def _require(rows: Sequence[Row], role: str, columns: Mapping[str, str], name: str) -> None:
     if not any(role in row for row in rows):
         have = ", ".join(sorted({key for row in rows for key in row}))
@@ -171,17 +130,7 @@ def _require(rows: Sequence[Row], role: str, columns: Mapping[str, str], name: s
             f"data.columns.{role}: {name} has no column {role!r}; say which of its columns it is, e.g. "
             f"data.columns.{role}=... It has {have}"
         )
-    _refuse([i for i, row in enumerate(rows) if row.get(role) is None], f"{role} is null or missing", name)
-
-
-def _refuse(where: Sequence[int], reason: str, name: str) -> None:
-    if where:
-        raise InputError(f"data: {name}: {len(where)} row(s) where {reason}: {first_few([i + 1 for i in where])}")
-
-
-def first_few(rows: Sequence[object]) -> str:
-    """The first few of the rows that a message is about."""
-    return ", ".join(map(str, rows[:SHOWN])) + (" ..." if len(rows) > SHOWN else "")
+    refuse([i for i, row in enumerate(rows) if row.get(role) is None], f"{role} is null or missing", name)
 
 
 def _messages(value: Any) -> tuple[Message, ...] | None:
@@ -348,6 +297,32 @@ def _text(value: Any, role: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise _BadRow(f"{role} is empty, null or missing")
     return value
+
+
+def _is_sampled(value: Any) -> bool:
+    """Samples as `rlft serve-policy --record` writes them."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(o, dict) and {"tokens", "mask"} <= set(o) for o in value)
+    )
+
+
+def _as_sampled(task: Task, row: Row, chat: Chat) -> Trajectory:
+    """An episode whose tokens were kept: nothing is encoded again. Its text is for the reader, and may be empty."""
+    samples = []
+    for one in row["samples"]:
+        tokens, mask = list(one["tokens"]), [chosen is True for chosen in one["mask"]]
+        if not tokens or len(mask) != len(tokens) or not all(isinstance(t, int) and t >= 0 for t in tokens):
+            raise _BadRow("samples are not tokens with a mask of their length")
+        if max(tokens) >= chat.vocabulary:
+            raise _BadRow("samples have tokens that this model's tokenizer does not; another model said them")
+        samples.append(Sample(tokens, mask, [NAN] * len(tokens), [0.0] * len(tokens), -1))
+    score = row.get("score", 1.0)
+    if not isinstance(score, int | float) or not math.isfinite(score):
+        raise _BadRow("score is not a finite number")
+    said = {"role": "assistant", "content": str(row.get("completion") or "")}
+    return Trajectory(task, (*task.messages, said), samples, score=float(score))
 
 
 def _recorded(task: Task, answer: _Answer, chat: Chat) -> Trajectory:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import string
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rlft.chat import Chat
-from rlft.player import Opening, Player, append, derive_seed, opened
+from rlft.chat import Chat, Tool
+from rlft.episode import Episode, WorldFailed, append, opened
+from rlft.fork import branch
+from rlft.player import Opening, Player, derive_seed
+from rlft.together import together
 from rlft.types import NAN, Draw, InputError, Message, Sample, Task, Trajectory, least
 
 NEAR = 16  # tokens; a character has at most 4 bytes
@@ -18,14 +20,14 @@ NEAR = 16  # tokens; a character has at most 4 bytes
 
 def waits(draw: Draw) -> bool:
     """The group's own samples have to be there, and scored, before."""
-    return draw.below is not None or bool(draw.go_on)
+    return draw.below is not None or bool(draw.go_on or draw.branch)
 
 
 def wanted(draw: Draw, own: Sequence[Trajectory]) -> bool:
     """Whether the task calls for this draw, by the scores of the group's own samples; nothing does without a score."""
     scores = [t.total for t in own if t.total is not None]
     if draw.below is None or not scores:
-        return draw.below is None
+        return draw.below is None and bool(own)
     return (max(scores) if draw.measure == "best" else sum(scores) / len(scores)) < least(draw.below)
 
 
@@ -34,18 +36,44 @@ async def further(
 ) -> list[Trajectory]:
     """The members that `draw`, the algorithm's `number`-th, adds to the task's own samples.
 
-    One that would begin without room for a token is left out.
+    One that would begin without room for a token is left out. Where the environment fails as it opens, one member says
+    so, and there is no other.
     """
+    try:
+        return await _further(player, draw, number, task, seed, own)
+    except WorldFailed as error:
+        return [replace(player.failed(Episode(task), error.__cause__ or error), drawn=number)]
+
+
+async def _further(
+    player: Player, draw: Draw, number: int, task: Task, seed: int, own: Sequence[Trajectory]
+) -> list[Trajectory]:
     if draw.recorded:
         return [replace(await _recorded(player, draw, task), drawn=number) for _ in range(draw.count)]
     temperature = player.sampling.temperature if draw.temperature is None else draw.temperature
     sampling = replace(player.sampling, temperature=temperature, reference=draw.reference)
     other = replace(player, sampling=sampling)
+    if draw.branch:
+        return [replace(t, drawn=number) for t in await _branched(other, draw, own, seed)]
     openings = [await _opening(player, draw, task, own, i) for i in range(draw.count)]
-    fitting = [(i, o) for i, o in enumerate(openings) if o is None or len(o.shown) < player.context]
-    played = await asyncio.gather(*(other.play(task, derive_seed(seed, i), opening) for i, opening in fitting))
+    fitting = [
+        (i, o) for i, o in enumerate(openings) if o is None or max(len(o.shown), len(o.kept.tokens)) < player.context
+    ]
+    played = await together(other.play(task, derive_seed(seed, i), opening) for i, opening in fitting)
     comparable = sampling == player.sampling and not (draw.hint or draw.go_on)
     return [replace(t if comparable else _unknown(t), drawn=number) for t in played]
+
+
+async def _branched(player: Player, draw: Draw, own: Sequence[Trajectory], seed: int) -> list[Trajectory]:
+    """Episodes that branch off from the group's own, which take turns, each at its least expected places first.
+
+    One whose world replied otherwise than before is left out, as it is no branch.
+    """
+    planned = [(i, branch(own[i % len(own)], draw.branch, i // len(own))) for i in range(draw.count)]
+    found = [(i, fork) for i, fork in planned if fork is not None]
+    plays = (player.play(fork.earlier.task, derive_seed(seed, i), None, fork.rehearsed) for i, fork in found)
+    played = await together(plays)
+    return [one for one, (_, fork) in zip(played, found, strict=True) if one.failed or fork.begins(one)]
 
 
 def hinted(draw: Draw, task: Task, messages: Sequence[Message] = ()) -> tuple[Message, ...]:
@@ -90,24 +118,27 @@ def written(draw: Draw, task: Task) -> str:
     return text
 
 
-def demonstrated(chat: Chat, draw: Draw, task: Task, messages: Sequence[Message] = ()) -> Trajectory:
+def demonstrated(
+    chat: Chat, draw: Draw, task: Task, messages: Sequence[Message] = (), tools: Sequence[Tool] = ()
+) -> Trajectory:
     """The recorded answer after the task's prompt, or another opening, as a trajectory without a score."""
     spoken = (*(messages or task.messages), {"role": "assistant", "content": written(draw, task)})
-    prompt, said = chat.demonstration(spoken)
+    prompt, said = chat.demonstration(spoken, tools)
     sample = opened(prompt)
     append(sample, said, [NAN] * len(said))
     return Trajectory(task, spoken, [sample])
 
 
 async def _recorded(player: Player, draw: Draw, task: Task) -> Trajectory:
-    return demonstrated(player.chat, draw, task, await player.opening(task))
+    return demonstrated(player.chat, draw, task, *await player.opening(task))
 
 
 async def _opening(player: Player, draw: Draw, task: Task, own: Sequence[Trajectory], i: int) -> Opening | None:
     """Where the i-th play of a draw begins; None: where every play does."""
     if draw.hint:
-        messages = await player.opening(task)
-        return Opening(player.chat.prompt(hinted(draw, task, messages)), opened(player.chat.prompt(messages)))
+        messages, tools = await player.opening(task)
+        shown = player.chat.prompt(hinted(draw, task, messages), tools)
+        return Opening(shown, opened(player.chat.prompt(messages, tools)))
     if not draw.go_on:
         return None
     begun, start = _cut(player.chat, draw, own[i % len(own)].samples[0])

@@ -1,22 +1,28 @@
-"""Held-out tasks on the same engine: greedy accuracy, and pass@k from samples at the run's temperature."""
+"""Held-out tasks on the same engine: greedy accuracy, and from samples at the run's temperature pass@k and their vote.
+
+Every share of tasks has its 95% interval beside it, see `interval`.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from rlft.interval import counted, rated
 from rlft.player import Player, derive_seed
 from rlft.recover import surviving
 from rlft.rollout import rollout
-from rlft.types import Group, Reward, Task
+from rlft.types import Group, Reward, Task, Trajectory, at_step
+from rlft.vote import Vote
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """component: the reward component that equals 1 where the answer is correct. samples: k of pass@k, 1 for none.
 
-    watch: is shown all groups once they are judged.
+    vote: how the k samples are put together, if they are. watch: is shown all groups once they are judged.
     """
 
     player: Player
@@ -27,25 +33,44 @@ class Evaluation:
     seed: int
     deterministic: bool = True
     watch: Callable[[Sequence[Group]], None] = lambda groups: None
+    vote: Vote | None = None
 
     async def __call__(self, step: int) -> tuple[dict[str, float], list[Group]]:
-        """Metrics under `eval/`, and the greedy groups of one. A task without a verdict counts as not correct."""
+        """Metrics under `eval/`, and the greedy groups of one. A task without a verdict counts as not correct.
+
+        step: that the policy stands after; rewards that change over the steps judge as they did in it.
+        """
+        with at_step(step):
+            return await self._at(step)
+
+    async def _at(self, step: int) -> tuple[dict[str, float], list[Group]]:
         greedy = replace(self.player, sampling=replace(self.player.sampling, temperature=0.0, seed=0))
         groups, clock = await rollout(greedy, self.reward, self.tasks, 1, self.seed)
         self.watch(groups)
         metrics = summary([t for group in groups for t in group], self.component)
         seconds = clock.generate + clock.reward
         if self.samples > 1:
-            drawn, clock = await rollout(
-                self.player, self.reward, self.tasks, self.samples, derive_seed(self.seed, "pass", step)
-            )
-            self.watch(drawn)
-            solved = [any(t.metrics.get(f"reward/{self.component}") == 1 for t in group) for group in drawn]
-            metrics[f"eval/pass@{self.samples}"] = sum(solved) / len(solved)
-            seconds += clock.generate + clock.reward
+            drawn, more = await self._drawn(step)
+            metrics |= drawn
+            seconds += more
         if self.deterministic:
             await surviving(self.player.engine.forget)
         return metrics | {"time/eval": seconds}, groups
+
+    async def _drawn(self, step: int) -> tuple[dict[str, float], float]:
+        """What several samples of each task come to, and the seconds that it took."""
+        groups, clock = await rollout(
+            self.player, self.reward, self.tasks, self.samples, derive_seed(self.seed, "pass", step)
+        )
+        begun = time.perf_counter()
+        metrics = counted(f"eval/pass@{self.samples}", [any(map(self._right, group)) for group in groups])
+        if self.vote is not None:
+            metrics |= await self.vote(groups, self._right)
+        self.watch(groups)
+        return metrics, clock.generate + clock.reward + time.perf_counter() - begun
+
+    def _right(self, trajectory: Trajectory) -> bool:
+        return right(trajectory, self.component)
 
 
 def win_rate(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
@@ -58,19 +83,19 @@ def win_rate(before: Mapping[str, float], after: Mapping[str, float]) -> dict[st
     if not n:
         return {}
     rate = sum((after[name] > before[name]) + 0.5 * (after[name] == before[name]) for name in shared) / n
-    z = 1.959964
-    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return {"eval/win_rate": rate, "eval/win_rate_low": middle - half, "eval/win_rate_high": middle + half}
+    return rated("eval/win_rate", rate, n)
+
+
+def right(trajectory: Trajectory, component: str) -> bool:
+    """Whether the answer is correct. No verdict is not."""
+    return trajectory.metrics.get(f"reward/{component}") == 1
 
 
 def summary(trajectories: list, component: str) -> dict[str, float]:
     """Accuracy, mean score and components of greedy answers."""
     n = len(trajectories)
-    correct = sum(t.metrics.get(f"reward/{component}") == 1 for t in trajectories)
     scores = [t.total for t in trajectories if t.total is not None]
-    metrics = {
-        "eval/accuracy": correct / n,
+    metrics = counted("eval/accuracy", [right(t, component) for t in trajectories]) | {
         "eval/tasks": float(n),
         "eval/reward": sum(scores) / len(scores) if scores else math.nan,
         "eval/tokens_mean": sum(t.length for t in trajectories) / n,

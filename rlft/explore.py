@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from rlft.player import Player, append, derive_seed, opened
+from rlft.episode import append, opened
+from rlft.player import Player, derive_seed
 from rlft.types import NAN, Trajectory, exploring
 
 

@@ -18,7 +18,7 @@ from rlft.checkpoint import disk_errors
 from rlft.secrets import hidden
 from rlft.stepper import Skipped
 from rlft.track import append_line, prompt_of
-from rlft.types import Group, RunError, Trajectory
+from rlft.types import WORLD, Group, RunError, Trajectory
 from rlft.whole import replacing
 
 FILE = "failures.jsonl"
@@ -29,6 +29,9 @@ class Bounds(Protocol):
 
     @property
     def reward(self) -> float: ...
+
+    @property
+    def env(self) -> float: ...
 
     @property
     def skipped(self) -> int: ...
@@ -62,34 +65,50 @@ class Faults:
         self.note("tracker", f"track: {name} failed ({why}); the run goes on without it", tracker=name, said=why)
 
     def sampled(self, groups: Sequence[Group], later: int = 0) -> None:
-        """Write down where rewards failed. Raises RunError where that is too large a share of the trajectories.
+        """Write down where rewards and environments failed. Raises RunError where that is too large a share of all.
 
         later: by how many steps they are drawn ahead.
         """
         step = self.step + later
-        failed, n = self._judged(groups, step=step), sum(map(len, groups))
-        if len(failed) <= self._bounds.reward * n:
-            return
+        self._judged(groups, step=step)
+        everyone = [trajectory for group in groups for trajectory in group]
+        # Where roles are rivals an episode has a part for each, and role 0 opens all of them.
+        episodes = sum(t.failed or t.samples[0].role == 0 for t in everyone)
+        for kind, allowed, n in (("env", self._bounds.env, episodes), ("reward", self._bounds.reward, len(everyone))):
+            failed = [t for t in everyone if t.failures and t.failed == (kind == "env")]
+            if len(failed) > allowed * n:
+                raise RunError(self._too_many(kind, failed, n, step, allowed))
+
+    def _too_many(self, kind: str, failed: Sequence[Trajectory], n: int, step: int, allowed: float) -> str:
         trajectory, failure = failed[0], failed[0].failures[0]
         where = f" All are in {self._folder / FILE}." if self._folder else ""
-        raise RunError(
-            f"the reward failed on {len(failed)} of {n} trajectories of step {step}, and faults.reward allows a "
-            f"share of {self._bounds.reward:g}. The first: reward '{failure.reward}' failed on task "
+        what = "episodes" if kind == "env" else "trajectories"
+        whose = f"reward '{failure.reward}'" if kind == "reward" else "it"
+        mend = "Mend the reward, or return None where there is no verdict" if kind == "reward" else "Mend it"
+        return (
+            f"the {'reward' if kind == 'reward' else 'environment'} failed on {len(failed)} of {n} {what} of "
+            f"step {step}, and faults.{kind} allows a share of {allowed:g}. The first: {whose} failed on task "
             f"'{trajectory.task.id}': {failure.said}{where} A failure is not a zero, so these would not be trained on. "
-            "Mend the reward, or return None where there is no verdict, and go on with `rlft resume`."
+            f"{mend}, and go on with `rlft resume`."
         )
 
     def evaluated(self, groups: Sequence[Group]) -> None:
-        """Write down where rewards failed in an evaluation, which count as not correct there."""
-        if failed := self._judged(groups, evaluation=True):
-            self._tell(f"the reward failed on {len(failed)} of {sum(map(len, groups))} held-out answers")
+        """Write down what failed in an evaluation, which counts as not correct there."""
+        failed, n = self._judged(groups, evaluation=True), sum(map(len, groups))
+        for what, some in (
+            ("environment", [t for t in failed if t.failed]),
+            ("reward", [t for t in failed if not t.failed]),
+        ):
+            if some:
+                self._tell(f"the {what} failed on {len(some)} of {n} held-out answers")
 
     def _judged(self, groups: Sequence[Group], **more: Any) -> list[Trajectory]:
         failed = [t for group in groups for t in group if t.failures]
         for trajectory in failed:
             about = {"task_id": trajectory.task.id, "prompt": prompt_of(trajectory.task)}
             for failure in trajectory.failures:
-                self.note("reward", **more, **vars(failure), **about, completion=trajectory.completion)
+                kind = "env" if failure.reward == WORLD else "reward"
+                self.note(kind, **more, **vars(failure), **about, completion=trajectory.completion)
         return failed
 
     def skipped(self, steps: Sequence[Skipped], in_a_row: int, chosen: Sequence[Group]) -> None:

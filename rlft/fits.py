@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlft.afford import LEARNING, changed, cheapest, written
-from rlft.build import Material, material
 from rlft.config import Config
 from rlft.forecast import Forecast
 from rlft.machine import available, shared_memory
+from rlft.material import Material, material
 from rlft.memory import GB, Footprint, Room, size
 from rlft.types import InputError
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from rlft.build import Material, served_model
+from rlft.build import served_model
 from rlft.config import Config
 from rlft.config_rollout import Local, Vllm
 from rlft.footprint import Asked, Rehearsal, Shape, adapted, bare, shallow
 from rlft.forward import REACH
 from rlft.machine import resident
+from rlft.material import Material
 from rlft.memory import MODULES, Footprint, Process, Term
 from rlft.models import locate
 from rlft.packing import Ways, apart, trunk_of
@@ -153,6 +154,8 @@ class Forecast:
         agents = config.agents.count  # each with values and an optimizer of its own
         if n.adapter:
             yield Term("adapter" if agents == 1 else "adapters", n.adapter + (agents - 1) * n.trained)
+        if config.agents.past:
+            yield Term("past adapters", config.agents.past * n.trained)
         yield from self._others(config, n)
         second = n.second if self._stuff.algorithm.owned.adapter else 0
         if second:
@@ -181,7 +184,7 @@ class Forecast:
             yield Term("frozen reference", n.weights)
         if config.teacher is not None:
             yield Term("teacher", self._other_model(locate(config.teacher.path), self._dtype))
-        for path, base in _reward_models(config.reward):
+        for path, base in (*_reward_models(config.reward), *_reward_models(config.eval.verifier)):
             folder = locate(base or base_of(checkpoint(Path(path))))
             yield Term("reward model", self._other_model(folder, torch.float32 if self._cpu else torch.bfloat16))
 
@@ -198,7 +201,7 @@ class Forecast:
             return
         weights = sum(p.numel() for p in bare(self._model, self._remote).parameters()) * self._dtype.itemsize
         if isinstance(block, Local):
-            yield Term("engine's weights", weights)
+            yield Term("engine's weights", weights + (config.agents.served - 1) * n.changed)
             yield Term("keys and values", self._open(config, block.max_sequences), ("generate",))
             if block.place == "worker":
                 yield Term(ARRIVING, SHARD, ("load", "sync"))
@@ -219,7 +222,7 @@ class Forecast:
 
     def _hot(self, config: Config) -> bool:
         """On a CPU, adapters are sent in place of merged weights: asked for, or since the engine serves several."""
-        several = config.agents.count > 1 or any(draw.reference for draw in self._stuff.algorithm.draws)
+        several = config.agents.served > 1 or any(draw.reference for draw in self._stuff.algorithm.draws)
         return isinstance(config.rollout.engine, Vllm) and (several or config.sync.type == "adapter")
 
     def _sequences(self, config: Config) -> int:
@@ -230,7 +233,9 @@ class Forecast:
     def _open(self, config: Config, limit: int) -> int:
         """Keys, values and logits of the sequences that transformers advances together."""
         count = min(limit, self._sequences(config))
-        long = max(self._prompts, default=0) + config.rollout.sampling.max_tokens * config.env.answers
+        long = max(self._prompts, default=0) + config.rollout.sampling.max_tokens * max(
+            env.answers for env in config.envs
+        )
         one = cache_bytes(self._text, self._dtype)
         layer = one // int(self._text.num_hidden_layers)
         return count * (long * (one + 2 * layer) + 12 * self._text.vocab_size)
@@ -323,6 +328,5 @@ def _reward_models(reward: Any) -> Iterator[tuple[str, str | None]]:
         return
     if reward.type == "model":
         yield reward.path, reward.base
-    inside = [*getattr(reward, "terms", {}).values(), getattr(reward, "of", None)]
-    for part in inside:
+    for part in reward.inside:
         yield from _reward_models(part)

@@ -11,6 +11,8 @@ from rlft.build import Parts
 from rlft.chance import undisturbed
 from rlft.checkpoint import Checkpoints
 from rlft.evaluate import win_rate
+from rlft.guards import Guards, signs
+from rlft.interval import told
 from rlft.terminal import Terminal
 from rlft.track import Record, summary
 from rlft.types import Group
@@ -26,9 +28,11 @@ class Around:
         self._checkpoints = checkpoints
         self._terminal = terminal
         self._faults = parts.faults
+        self._guards = Guards()
+        self._components = self._config.reward.components() if self._config.reward is not None else []
         self.first: list[Group] = []
         self.last: list[Group] = []
-        self._accuracies: list[tuple[int, float]] = []
+        self._accuracies: list[tuple[int, str]] = []
         self._saved = -1
         self._writing: dict[str, float] = {}  # what the last checkpoint took, for the next row
 
@@ -46,7 +50,8 @@ class Around:
     async def after(self, step: int, groups: list[Group], chosen: list[Group], metrics: dict[str, float]) -> None:
         """See `Hooks.after`."""
         begun = time.perf_counter()
-        row = summary(groups) | metrics | self._lag(step, chosen) | self._writing
+        seen = signs(groups, self._components)
+        row = summary(groups) | seen | metrics | self._lag(step, chosen) | self._writing
         self._writing = {}
         learned = learners(self._parts.trainee)
         for credited in (learner.credited for learner in learned):
@@ -68,6 +73,8 @@ class Around:
         if self._due(self._config.checkpoint.every, step) or last or improved:
             self._save(step)
         self._terminal.step(step, row)
+        for warning in self._guards.warnings(seen):
+            self._terminal.say(warning)
         if self._due(self._config.show.every, step):
             self._terminal.samples(step, groups, self._config.show.samples)
         self._faults.step = step + 1
@@ -109,7 +116,7 @@ class Around:
             self._record.trajectories("eval", step, self.last)
         if step and record:
             metrics |= win_rate(self._record.scores("eval", 0), self._record.scores("eval", step))
-        self._accuracies.append((step, metrics["eval/accuracy"]))
+        self._accuracies.append((step, told(metrics, "eval/accuracy")))
         self._terminal.evaluated(step, metrics)
         return synced | metrics
 

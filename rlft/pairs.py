@@ -15,8 +15,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from rlft.build import Material, assemble, material
+from rlft.build import assemble
 from rlft.checkpoint import disk_errors
+from rlft.material import Material, material
 from rlft.session import of_run
 from rlft.settings import load
 from rlft.types import ROUNDING, Group, InputError, RunError, Task, least

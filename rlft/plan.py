@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from rlft.algorithms.catalog import entries
-from rlft.build import Material, material, served_model
+from rlft.build import served_model
 from rlft.config import Config
 from rlft.config_rollout import Local
 from rlft.envs.catalog import entries as envs
 from rlft.fits import described
 from rlft.footprint import adapted, bare
+from rlft.judging import lines as judging
+from rlft.material import Material, material
 from rlft.rewards.catalog import types
 from rlft.types import InputError
 
@@ -25,12 +27,13 @@ def describe(config: Config) -> str:
     device, dtype = served_model(stuff)
     name = str(dtype).removeprefix("torch.")
     adapter = f"{config.adapter.type} on {layers} layers" if config.adapter.type != "none" else "full fine-tuning"
-    lines = {
+    lines: dict[str, str | list[str]] = {
         "run": f"{config.name}: {config.steps} steps, seed {config.seed}, into {config.out or f'runs/{config.name}'}",
         "policy": f"{config.model.path}, {total / 1e6:.0f}M parameters in {name} on {device.type}; {adapter}: "
         f"{trained / 1e6:.2f}M trained ({100 * trained / total:.1f}%)",
         "data": _data(stuff),
         "reward": _reward(config),
+        **_judges(stuff),
         "rollouts": _rollouts(stuff),
         **_agents(config),
         "algorithm": f"{config.algorithm.type}: minimise {stuff.algorithm.formula or 'a loss of your own'}",
@@ -84,6 +87,8 @@ def _parameters(stuff: Material) -> tuple[int, int, int]:
 def _data(stuff: Material) -> str:
     if stuff.config.online:
         text = f"{len(stuff.tasks)} tasks to train on"
+        kind = stuff.config.data.curriculum.type
+        text += f", chosen by {kind}" if kind != "uniform" else ""
     else:
         tokens = [sum(s.mask) for g in stuff.groups for t in g for s in t.samples]
         text = f"{len(stuff.groups)} recorded groups, {statistics.mean(tokens):.0f} tokens to learn in each sample"
@@ -99,6 +104,12 @@ def _reward(config: Config) -> str:
         return said
     answers = rollout.tasks_per_step * rollout.group_size
     return f"{said}; at most {answers * more} further tokens sampled a step to find out ({more} beside each answer)"
+
+
+def _judges(stuff: Material) -> dict[str, list[str]]:
+    """Nothing where no model is asked over HTTP."""
+    said = judging(stuff)
+    return {"judges": said} if said else {}
 
 
 def _rollouts(stuff: Material) -> str:
@@ -124,7 +135,11 @@ def _rollouts(stuff: Material) -> str:
 
 def _agents(config: Config) -> dict[str, str]:
     """Nothing where there is one."""
-    count, exchange = config.agents.count, config.agents.exchange
+    count, exchange, past = config.agents.count, config.agents.exchange, config.agents.past
+    if past:
+        share, every = config.agents.against, config.agents.every
+        text = f"in a share of {share:g} of the episodes it plays one role, and a version of the past all others"
+        return {"agents": f"one policy, and {past} of its past, one more after every {every} steps; {text}"}
     turns = f"each takes the next one's role after every {exchange} steps" if exchange else "each keeps its role"
     return {"agents": f"{count} adapters on one base, trained apart; {turns}"} if count > 1 else {}
 
@@ -148,7 +163,7 @@ def _sync(stuff: Material, device: torch.device) -> str:
     config = stuff.config
     if not config.online and config.data.eval is None:
         return "none: nothing is sampled"
-    several = config.agents.count > 1 and not isinstance(config.rollout.engine, Local)
+    several = config.agents.served > 1 and not isinstance(config.rollout.engine, Local)
     kind = "adapter" if several or any(draw.reference for draw in stuff.algorithm.draws) else config.sync.type
     if kind == "auto":
         kind = "merged" if device.type == "cpu" or isinstance(config.rollout.engine, Local) else "adapter if possible"
@@ -163,5 +178,7 @@ def _evaluation(stuff: Material) -> str:
     block = stuff.config.eval
     component = block.accuracy or stuff.config.reward.components()[0]
     every = f", every {block.every} steps" if block.every else ""
-    more = f", pass@{block.samples}" if block.samples > 1 else ""
+    more = f", pass@{block.samples} and majority@{block.samples}" if block.samples > 1 else ""
+    more += f", chosen by a verifier ({block.verifier.type})" if block.verifier else ""
+    more += f", played in {block.env.type}" if block.env else ""
     return f"before, after{every}: share of {len(stuff.held_out)} tasks with {component} = 1, greedy{more}"

@@ -20,15 +20,16 @@ from torch import Tensor
 
 from rlft.algorithms.base import Algorithm, Metrics, Outputs, fixed
 from rlft.batch import Batch, note_advantages
-from rlft.build import make_learner, make_policy, material
+from rlft.build import make_learner, make_policy
 from rlft.checkpoint import Checkpoints, restore, restore_policy
 from rlft.config import Config
 from rlft.draws import waits
 from rlft.learner import Learner
+from rlft.material import material
 from rlft.rewards.base import pay
 from rlft.session import of_run
 from rlft.track import read_groups
-from rlft.types import Group, InputError, Reward, Task, Trajectory
+from rlft.types import Group, InputError, Reward, Task, Trajectory, at_step
 
 CHANGEABLE = ("reward", "algorithm", "teacher", "reference", "learner")
 ROUNDING = 1e-6  # two numbers closer than this count as the same
@@ -60,6 +61,11 @@ class Bench:
             raise InputError(
                 "agents.count: a step of several agents is not computed again; look at its rows in rollouts/, where "
                 "the column agent says whose each is"
+            )
+        if config.agents.past and not config.env.rivals:
+            raise InputError(
+                "agents.past: a step is not computed again where earlier versions had a part in the totals, since what "
+                "they said is not recorded; look at its rows in rollouts/"
             )
         self.config = config
         self.material = material(config)
@@ -214,7 +220,8 @@ def _step(own: Bench, other: Bench, step: int, file: Path, tasks: Mapping[str, T
     for trajectory in (t for group in groups for t in group):
         trajectory.metrics.pop("advantage/mean", None)
     if _anew(own, other):
-        asyncio.run(_score(groups, other.config, own.algorithm))
+        with at_step(step):
+            asyncio.run(_score(groups, other.config, own.algorithm))
     used = own.nearest(step - 1)
     own.bring(used)
     first = own.take(before)

@@ -9,16 +9,13 @@ What the config says is all that can be asked for: a request brings answers to j
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hmac
 import json
-import os
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import rlft
+from rlft.listening import admitted, key_of, listen, refuse_lacking
 from rlft.rewards.base import Config
 from rlft.rewards.served import wire
 from rlft.settings import load_reward
@@ -36,40 +33,27 @@ def serve(
     answered. say: is told where.
     """
     config = load_reward(path, overrides)
-    if key_env is not None and not os.environ.get(key_env):
-        raise InputError(f"--key-env: the environment variable {key_env} is not set; export it first")
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise InputError("serve-reward needs the packages starlette and uvicorn: pip install 'rlft[serve]'") from error
-    app = application(config, os.environ.get(key_env or "", ""))
-    try:
-        listening = socket.create_server((host, port))
-    except OSError as error:
-        raise InputError(f"--host {host} --port {port}: {error.strerror}; choose another port") from error
+    app = application(config, key_of(key_env))
     terms = _terms(config)
-    say(f"serving the reward '{config.type}' on http://{host}:{listening.getsockname()[1]}; Ctrl-C ends it")
-    if terms:
-        say(f"in a run's config, to log its terms:  terms: [{', '.join(terms)}]")
-    if key_env is None and host not in ("127.0.0.1", "localhost", "::1"):
-        say("whoever reaches this port is answered; --key-env NAME asks for a key")
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run(sockets=[listening])
+
+    def about(url: str) -> list[str]:
+        first = f"serving the reward '{config.type}' on {url}; Ctrl-C ends it"
+        return [first, *([f"in a run's config, to log its terms:  terms: [{', '.join(terms)}]"] if terms else [])]
+
+    listen(app, host, port, key_env is None, say, about)
 
 
 def application(config: Config, key: str = "") -> Any:
     """The service as an ASGI application. key: what requests must bring; "" is none. Raises InputError."""
-    try:
-        from starlette.applications import Starlette
-        from starlette.responses import Response
-        from starlette.routing import Route
-    except ImportError as error:
-        raise InputError("serve-reward needs the packages starlette and uvicorn: pip install 'rlft[serve]'") from error
-    if config.by_turn or config.directed:
+    refuse_lacking("serve-reward")
+    from starlette.applications import Starlette
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    if config.by_turn or config.directed or config.by_step:
         raise InputError(
-            "reward: what pays turn by turn, or by a task's direction, belongs into the run's own config, around "
-            "`type: remote`; serve the reward inside it"
+            "reward: what pays turn by turn, by a task's direction or by the step belongs into the run's own config, "
+            "around `type: remote`; serve the reward inside it"
         )
     reward, terms, judged = config.build(wire.NAME), _terms(config), 0
 
@@ -82,8 +66,7 @@ def application(config: Config, key: str = "") -> Any:
 
     async def score(request: Any) -> Response:
         nonlocal judged
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if key and not hmac.compare_digest(given.encode(), key.encode()):
+        if not admitted(request, key):
             return reply(401, {"error": "key", "said": "the key is missing or wrong"})
         try:
             groups = [wire.read(plain) for plain in json.loads(await request.body())["groups"]]

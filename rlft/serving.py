@@ -19,7 +19,7 @@ from rlft.sync import adapter_rank
 from rlft.types import InputError
 
 if TYPE_CHECKING:
-    from rlft.build import Material
+    from rlft.material import Material
 
 
 def start_engine(stuff: Material, policy: Policy, kind: str, log: Path | None, faults: Faults) -> Engine:
@@ -52,7 +52,7 @@ def _settings(block: Vllm, stuff: Material, policy: Policy, kind: str, log: Path
         "cache_gb": block.cache_gb,
         "memory_fraction": block.memory_fraction or (0.4 if policy.device.type == "cuda" else None),
         "lora_rank": adapter_rank(policy) if kind == "adapter" else 0,
-        "agents": stuff.config.agents.count,
+        "agents": stuff.config.agents.served,
         "reference": any(draw.reference for draw in stuff.algorithm.draws),
         "seed": stuff.config.seed,
         "log": log,

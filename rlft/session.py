@@ -13,7 +13,7 @@ from typing import Any
 
 import rlft.chance as chance
 from rlft.agents import Agents, Seat, learners
-from rlft.build import Material, Parts, assemble, material
+from rlft.build import Parts, assemble
 from rlft.case import Case
 from rlft.causes import diagnose
 from rlft.chat import Chat
@@ -26,6 +26,7 @@ from rlft.fits import fitted
 from rlft.hooks import Around, run_folder
 from rlft.lock import FILE as LOCK
 from rlft.lock import refuse_in_use, sole_writer
+from rlft.material import Material, material
 from rlft.parity import Gate, Mismatch, bounds_of
 from rlft.profiling import Profile, ProfiledRun, watched_sync
 from rlft.settings import dump, load, shown

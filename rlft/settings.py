@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from rlft.config import Config
+from rlft.envs.base import EnvKnobs
+from rlft.envs.catalog import EnvConfig
 from rlft.rewards.base import Config as Reward
 from rlft.rewards.catalog import RewardConfig
 from rlft.secrets import Path as Place
@@ -24,13 +26,19 @@ from rlft.types import InputError
 
 M = TypeVar("M", bound=BaseModel)
 DATA = ("data.train", "data.eval", "data.train.path", "data.eval.path")
-PATHS = ("model.path", "model.chat_template", *DATA, "adapter.path", "teacher.path")
+PATHS = ("model.path", "model.chat_template", *DATA, "env.corpus.file", "adapter.path", "teacher.path")
 
 
 class Judging(BaseModel):
     """The part of a config that judges; the others are not looked at."""
 
     reward: RewardConfig
+
+
+class Playing(BaseModel):
+    """The part of a config in which episodes are played."""
+
+    env: EnvConfig
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -43,10 +51,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 def load_reward(path: Path, overrides: Sequence[str] = ()) -> Reward:
     """The `reward:` block of the config in `path`, which need hold nothing else. Raises InputError."""
+    return _validated(Judging, _served(path, overrides, "reward")).reward
+
+
+def load_env(path: Path, overrides: Sequence[str] = ()) -> EnvKnobs:
+    """The `env:` block of the config in `path`, which need hold nothing else. Raises InputError."""
+    return _validated(Playing, _served(path, overrides, "env")).env
+
+
+def _served(path: Path, overrides: Sequence[str], block: str) -> dict[str, Any]:
     plain, _ = _ready(path, overrides)
-    if plain.get("reward") is None:
-        raise InputError(f"{path}: there is no `reward:` block in it, and nothing else is served")
-    return _validated(Judging, plain).reward
+    if plain.get(block) is None:
+        raise InputError(f"{path}: there is no `{block}:` block in it, and nothing else is served")
+    return plain
 
 
 def _ready(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[Place, str]]:

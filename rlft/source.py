@@ -12,10 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from rlft.earlier import PLAYED, learned
 from rlft.explore import explorable
 from rlft.player import Player, derive_seed
 from rlft.rollout import rollout
-from rlft.types import Draw, Failure, Group, InputError, Reward, Said, Sample, Task, Trajectory
+from rlft.types import Draw, Failure, Group, InputError, Reward, Said, Sample, Task, Trajectory, at_step
+
+BELIEFS = "curriculum/"  # metrics that say what is believed, so that those of several rounds do not add up
 
 
 class Source(Protocol):
@@ -79,10 +82,34 @@ class Deck:
         return self._orders[epoch][offset]
 
 
+class Curriculum(Protocol):
+    """Which tasks are drawn next, by how those before came out; see `rlft.curriculum`."""
+
+    def choose(self, position: int, count: int) -> list[int]:
+        """The rows of the next `count` tasks, when `position` were drawn before. Asked again it says the same."""
+        ...
+
+    def learn(self, rows: Sequence[int], groups: Sequence[Group]) -> None:
+        """These rows were drawn, and came out so."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What it believes now, under curriculum/."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; the state of another kind, or an empty one, is passed over. Raises InputError where it is
+        about other tasks."""
+        ...
+
+
 class Rollouts(Still):
     """Plays `tasks_per_step` tasks, `group_size` times each, with the weights that the engine serves now.
 
-    watch: is shown the groups once they are judged. Where it raises, they have not been drawn.
+    watch: is shown the groups once they are judged. Where it raises, they have not been drawn. step: tells for which
+    step of the run the next groups are. curriculum: chooses the tasks; none: each once an epoch.
     """
 
     online = True
@@ -97,8 +124,11 @@ class Rollouts(Still):
         seed: int,
         draws: Sequence[Draw] = (),
         watch: Callable[[Sequence[Group]], None] = lambda groups: None,
+        step: Callable[[], int] = lambda: 1,
+        curriculum: Curriculum | None = None,
     ) -> None:
         self._watch = watch
+        self._step = step
         self._draws = draws
         self._tasks = tasks
         self._player = player
@@ -107,15 +137,17 @@ class Rollouts(Still):
         self._group_size = group_size
         self._seed = seed
         self._deck = Deck(len(tasks), seed)
+        self._curriculum = curriculum
         self._position = 0
         self.metrics: dict[str, float] = {}
         self.selected: list[Group] | None = None
 
     async def next(self) -> list[Group]:
         """See `Source.next`."""
-        tasks = [self._tasks[self._deck.at(self._position + i)] for i in range(self._count)]
+        rows = self._rows()
+        tasks = [self._tasks[row] for row in rows]
         seed = derive_seed(self._seed, "rollout", self._position)
-        with explorable(self._player, seed):
+        with explorable(self._player, seed), at_step(self._step()):
             groups, clock = await rollout(self._player, self._reward, tasks, self._group_size, seed, self._draws)
         self._watch(groups)
         self._position += self._count
@@ -125,11 +157,26 @@ class Rollouts(Still):
             "time/reward_hidden": clock.reward_hidden,
             "tokens/generated": float(sum(t.sampled for group in groups for t in group)),
         }
-        return groups
+        if self._curriculum is not None:
+            self._curriculum.learn(rows, groups)
+            self.metrics |= self._curriculum.metrics()
+        cast = self._player.cast
+        if cast.earlier is None:
+            return groups
+        own = learned(groups, cast.agents)
+        self.metrics["past/episodes"] = float(sum(PLAYED in t.metrics for group in own for t in group))
+        return own or await self.next()
+
+    def _rows(self) -> list[int]:
+        """The next tasks."""
+        if self._curriculum is not None:
+            return self._curriculum.choose(self._position, self._count)
+        return [self._deck.at(self._position + i) for i in range(self._count)]
 
     def state_dict(self) -> dict[str, Any]:
-        """How much has been drawn."""
-        return {"position": self._position}
+        """How much has been drawn, and what the curriculum has learned of it."""
+        position = {"position": self._position}
+        return position if self._curriculum is None else {**position, "curriculum": self._curriculum.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. Raises InputError where samples wait that were drawn ahead, which would be lost."""
@@ -138,6 +185,8 @@ class Rollouts(Still):
                 f"rollout.ahead: the checkpoint holds samples of {len(state['ahead'])} steps that were drawn ahead; "
                 "resume with rollout.engine.place=worker, which takes them first, also with rollout.ahead=0"
             )
+        if self._curriculum is not None:
+            self._curriculum.load_state_dict(state.get("curriculum", {}))
         self._position = int(state["position"])
 
 
@@ -192,12 +241,14 @@ class Refilled(Still):
         """See `Source.next`: the groups that `selected` came from, then those that were refused."""
         kept, refused = list(self._waiting), []
         totals: Counter[str] = Counter()
+        beliefs: dict[str, float] = {}
         before, rounds = self._inner.state_dict(), 0
         try:
             while len(kept) < self._n and rounds < self._rounds:
                 for group in await self._inner.next():
                     (kept if self._select([group]) else refused).append(group)
                 totals.update(self._inner.metrics)
+                beliefs = {name: value for name, value in self._inner.metrics.items() if name.startswith(BELIEFS)}
                 rounds += 1
         except BaseException:  # a step that was not completed is drawn again, from its first round
             self._inner.load_state_dict(before)
@@ -207,6 +258,7 @@ class Refilled(Still):
         self.selected = [part for group in taken for part in self._select([group])]
         self.metrics = {
             **totals,
+            **beliefs,
             "rollout/refills": float(max(rounds - 1, 0)),
             "rollout/kept": fresh / max(fresh + len(refused), 1),
             "rollout/waiting": float(len(self._waiting)),
@@ -234,13 +286,17 @@ def written(trajectory: Trajectory) -> dict[str, Any]:
         "score": trajectory.score,
         "metrics": trajectory.metrics,
         "finish": trajectory.finish,
+        "cut": trajectory.cut,
         "drawn": trajectory.drawn,
         "targets": trajectory.targets,
         "user": trajectory.user,
         "paid": trajectory.paid,
         "sampled": trajectory.sampled,
         "failures": [vars(failure) for failure in trajectory.failures],
-        "said": [[[dict(message) for message in turn.messages], turn.sample, turn.end] for turn in trajectory.said],
+        "said": [
+            [[dict(message) for message in turn.messages], turn.sample, turn.end, turn.finish]
+            for turn in trajectory.said
+        ],
     }
 
 
@@ -265,6 +321,7 @@ def read(written: Mapping[str, Any]) -> Trajectory:
         written.get("user", 0),
         paid={name: [(i, j, amount) for i, j, amount in some] for name, some in written.get("paid", {}).items()},
         sampled=written.get("sampled", 0),
+        cut=written.get("cut", ""),
         failures=[Failure(**failure) for failure in written.get("failures", ())],
         said=tuple(Said(tuple(messages), *place) for messages, *place in written.get("said", ())),
     )

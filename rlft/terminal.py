@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rlft.interval import told
 from rlft.types import Group, Trajectory
 
 
@@ -84,9 +85,11 @@ class Terminal:
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """The result of one evaluation."""
-        passed = "".join(f", {k[5:]} {v:.3f}" for k, v in metrics.items() if k.startswith("eval/pass@"))
         count = int(metrics["eval/tasks"])
-        self.console.print(f"step {step}: held-out accuracy {metrics['eval/accuracy']:.3f} of {count} tasks{passed}")
+        self.console.print(f"step {step}: held-out accuracy {told(metrics, 'eval/accuracy')} of {count} tasks")
+        several = [f"{k[5:]} {told(metrics, k)}" for k in metrics if "@" in k and f"{k}_low" in metrics]
+        if several:
+            self.console.print(f"step {step}: {', '.join(several)}")
         if "eval/win_rate" in metrics:
             low, high = metrics["eval/win_rate_low"], metrics["eval/win_rate_high"]
             rate = metrics["eval/win_rate"]
@@ -94,8 +97,8 @@ class Terminal:
                 f"step {step}: better than before training in {rate:.1%} of tasks, ties half \\[{low:.1%}, {high:.1%}]"
             )
 
-    def report(self, accuracies: list[tuple[int, float]], first: list[Group], last: list[Group]) -> None:
-        """Before against after, side by side."""
+    def report(self, accuracies: list[tuple[int, str]], first: list[Group], last: list[Group]) -> None:
+        """Before against after, side by side. accuracies: of a step, with its interval."""
         (start, before), (end, after) = accuracies[0], accuracies[-1]
         table = Table(title="held-out tasks, greedy", title_justify="left")
         for name in ("prompt", f"step {start}", f"step {end}"):
@@ -103,7 +106,7 @@ class Terminal:
         for old, new in list(zip(first, last, strict=True))[:8]:
             table.add_row(_prompt(new[0]), _clip(old[0].completion), _clip(new[0].completion))
         self.console.print(table)
-        self.console.print(f"[bold]held-out accuracy: {before:.3f} before, {after:.3f} after[/bold]")
+        self.console.print(f"[bold]held-out accuracy: {before} before, {after} after[/bold]")
 
     def done(self, step: int, folder: Path, speaks: bool = True) -> None:
         """Where the run lies and what to do with it. speaks: it was trained in what it says, not in how it scores."""
@@ -129,7 +132,9 @@ def _component(name: str) -> bool:
 
 
 def _prompt(trajectory: Trajectory) -> str:
-    return _clip(str(trajectory.task.messages[-1]["content"]) if trajectory.task.messages else "")
+    """What the policy was asked first, by the task or by its environment."""
+    asked = trajectory.said[0].messages[:-1] if trajectory.said else trajectory.task.messages
+    return _clip(str(asked[-1]["content"]) if asked else "")
 
 
 def _clip(text: str, width: int = 160) -> str:

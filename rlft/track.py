@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("version", pa.int64()),
         ("drawn", pa.int64()),
         ("agent", pa.int64()),
+        ("role", pa.int64()),
         ("token_rewards", pa.list_(pa.float64())),
         ("episode", pa.string()),
     ]
@@ -58,7 +59,17 @@ def summary(groups: Sequence[Group]) -> dict[str, float]:
         metrics[name] = sum(values) / len(values)
     metrics["completion/tokens_mean"] = sum(t.length for t in trajectories) / n
     metrics["completion/truncated"] = sum(t.finish == "length" for t in trajectories) / n
-    return metrics | _by_agent(trajectories)
+    return metrics | _of_episodes(trajectories) | _by_agent(trajectories)
+
+
+def _of_episodes(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Turns of an episode, and the share that each limit cut, where there are several turns."""
+    turns = [len(t.said) for t in trajectories if t.said]
+    if max(turns, default=0) < 2 and not any(t.failed for t in trajectories):
+        return {}
+    cuts = Counter(t.cut for t in trajectories if t.cut)
+    shares = {f"env/cut/{limit}": count / len(trajectories) for limit, count in sorted(cuts.items())}
+    return {"env/turns": sum(turns) / max(len(turns), 1), **shares}
 
 
 def _by_agent(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -225,11 +236,17 @@ def _rows(step: int, g: int, group: Group) -> list[dict[str, Any]]:
                     "version": sample.version,
                     "drawn": trajectory.drawn,
                     "agent": sample.agent,
+                    "role": sample.role,
                     "token_rewards": sample.rewards,
                     "episode": _episode(trajectory) if j == 0 else None,
                 }
             )
     return rows
+
+
+def _sample(row: Mapping[str, Any]) -> Sample:
+    lists = (row["tokens"], row["mask"], row["logprobs"], row["token_rewards"])
+    return Sample(*lists, row["version"], row["agent"], row["role"])
 
 
 def _episode(trajectory: Trajectory) -> str:
@@ -242,7 +259,7 @@ def _episode(trajectory: Trajectory) -> str:
     return json.dumps(
         {
             "messages": [dict(message) for message in trajectory.messages],
-            "said": [[short(turn.messages), turn.sample, turn.end] for turn in trajectory.said],
+            "said": [[short(turn.messages), turn.sample, turn.end, turn.finish] for turn in trajectory.said],
             "paid": trajectory.paid,
             "verdict": trajectory.score,
         },
@@ -284,12 +301,12 @@ def _trajectory(file: Path, rows: Sequence[Mapping[str, Any]], tasks: Mapping[st
     return Trajectory(
         task,
         messages,
-        [Sample(r["tokens"], r["mask"], r["logprobs"], r["token_rewards"], r["version"], r["agent"]) for r in rows],
+        [_sample(row) for row in rows],
         episode["verdict"],
         metrics,
         first["finish"],
         first["drawn"],
-        said=tuple(Said(long(short), sample, end) for short, sample, end in episode["said"]),
+        said=tuple(Said(long(short), *place) for short, *place in episode["said"]),
         paid={name: [(i, j, amount) for i, j, amount in some] for name, some in episode["paid"].items()},
     )
 

@@ -8,13 +8,16 @@ A preference pair is a group of two with scores 1 and 0, a demonstration a group
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import numbers
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 Message = Mapping[str, Any]  # {"role": "user" | "assistant" | "system" | "tool", "content": str, ...}
 NAN = math.nan
+WORLD = "(env)"  # stands for the environment where failures name a reward; no component is called so
 ROUNDING = 1e-6  # totals this close are equal: they are sums of 0.1s, and float32 in a batch
 
 
@@ -41,6 +44,14 @@ def least(level: float) -> float:
     return level - ROUNDING * max(1.0, abs(level))
 
 
+def finite(value: object) -> bool:
+    """Whether it is a number, and not True or False, that a float can hold."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
 @dataclass(frozen=True)
 class Task:
     """One thing to do: the prompt as chat messages, and what its grader needs.
@@ -60,6 +71,7 @@ class Sample:
     mask: True where the policy chose the token. logprobs: of the policy that sampled it, at the sampling
     temperature; NaN where nobody sampled. rewards: the environment's, at the last token of the turn that earned it.
     version: of the weights that sampled it; -1 in recorded data. agent: whose policy that was, where there are several.
+    role: that of the environment's which speaks in it, or which spoke first where several do.
     """
 
     tokens: list[int]
@@ -68,6 +80,7 @@ class Sample:
     rewards: list[float]
     version: int
     agent: int = 0
+    role: int = 0
 
     def __post_init__(self) -> None:
         lengths = {len(self.tokens), len(self.mask), len(self.logprobs), len(self.rewards)}
@@ -80,12 +93,13 @@ class Said:
     """One turn of the policy.
 
     messages: the conversation up to this answer, which is the last of them. sample: in which of the trajectory's
-    samples the answer stands; end: the index of its last token there.
+    samples the answer stands; end: the index of its last token there. finish: how the engine ended it.
     """
 
     messages: tuple[Message, ...]
     sample: int
     end: int
+    finish: str = "stop"
 
     @property
     def text(self) -> str:
@@ -119,7 +133,8 @@ class Trajectory:
     said: the policy's turns, as the player saw them. paid: per reward that pays on the way, what it has put into the
     samples' rewards: the sample, the token, how much.
     sampled: how many tokens the engine returned for it; 0 in what was written down.
-    failures: of the rewards that judged it last.
+    failures: of the rewards that judged it last, and of its environment. cut: the limit that ended it, `answer` (the
+    tokens of one), `context`, `turns`, `tokens` or `seconds`, or `failed` where its environment did; else empty.
     """
 
     task: Task
@@ -135,6 +150,12 @@ class Trajectory:
     paid: dict[str, list[tuple[int, int, float]]] = field(default_factory=dict)
     sampled: int = 0
     failures: list[Failure] = field(default_factory=list)
+    cut: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Its environment failed, so that no reward can judge it."""
+        return any(failure.reward == WORLD for failure in self.failures)
 
     @property
     def turns(self) -> tuple[Said, ...]:
@@ -181,6 +202,8 @@ class Draw:
     is kept has the task's own prompt. go_on: text that is put after one of the group's own answers, which the policy
     goes on from; at: a regular expression for the place in that answer, its end where nothing matches; learned: the
     text counts as chosen by the policy, so that it is imitated too.
+    branch: they go as the group's own episodes do up to a place, then on by themselves: to the beginning of the "turn"
+    that the policy expected least, or to the "token". The environment is played anew, and must reply as it did.
     Log-probs of what the learner's policy did not draw, as the learner would, from what is kept, are NaN.
     """
 
@@ -194,6 +217,7 @@ class Draw:
     go_on: str = ""
     at: str = ""
     learned: bool = False
+    branch: Literal["", "turn", "token"] = ""
 
 
 @runtime_checkable
@@ -221,6 +245,18 @@ class Explorer(Protocol):
 
 # What a reward may ask while it judges samples for training; None elsewhere, where nothing is sampled for it.
 exploring: ContextVar[Explorer | None] = ContextVar("exploring", default=None)
+# The step that what a reward judges is for; None where there is no run.
+stepping: ContextVar[int | None] = ContextVar("stepping", default=None)
+
+
+@contextmanager
+def at_step(step: int) -> Iterator[None]:
+    """What is judged inside is for this step of a run."""
+    before = stepping.set(step)
+    try:
+        yield
+    finally:
+        stepping.reset(before)
 
 
 @dataclass(frozen=True)
@@ -262,7 +298,11 @@ class Turn:
 
     rewrite: `messages` are not appended but replace the whole history, and a new sample begins; also after an answer
     that was cut off at the limit, which otherwise ends the episode. role: whose turn it is now; role 0 opens. Where
-    another agent plays the new role, the history must be rewritten, since a sample is of one policy.
+    another agent plays the new role, the history must be rewritten, since a sample is of one policy; so too where roles
+    are rivals (`EnvKnobs.rivals`). pays: beside `reward`, what each role has earned, which goes to that role's last
+    answer; one that never spoke earns nothing. said: how the last answer stands in the conversation from now on, with
+    its tool calls read out, say; its tokens stay as they are. metrics: numbers of the episode so far by name, logged as
+    env/<name>; a later one replaces an earlier one. Where roles are rivals, "1/won" is role 1's `won`, and no other's.
     """
 
     messages: tuple[Message, ...] = ()
@@ -270,3 +310,6 @@ class Turn:
     done: bool = True
     rewrite: bool = False
     role: int = 0
+    said: Message | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    pays: Mapping[int, float] = field(default_factory=dict)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rlft.config import Config
-from rlft.data import first_few
-from rlft.rewards.base import answer
+from rlft.rows import first_few
 from rlft.types import Group, InputError, Task
 
 
@@ -46,15 +44,12 @@ def refuse_unknown(config: Config, tasks: Sequence[Task]) -> None:
         )
 
 
-def refuse_unjudged(config: Config, tasks: Sequence[Task]) -> None:
-    """Tasks that the reward could not judge: the column with the right answer is missing or empty."""
-    for key in _keys(config.reward):
-        for task in tasks:
-            answer(task, key)
-
-
-def _keys(reward: Any) -> set[str]:
-    """The columns with right answers that a reward, or any inside it, compares with."""
-    inside = [*getattr(reward, "terms", {}).values(), *filter(None, [getattr(reward, "of", None)])]
-    own = getattr(reward, "key", None)
-    return {own} if own else {key for part in inside for key in _keys(part)}
+def refuse_unjudged(config: Config, tasks: Sequence[Task], held_out: Sequence[Task] = ()) -> None:
+    """Tasks that the reward could not judge: the column with the right answer is missing or empty. Held-out ones are
+    for the verifier of the evaluation too."""
+    if config.reward is not None:
+        for task in (*tasks, *held_out):
+            config.reward.check(task)
+    for task in held_out:
+        if config.eval.verifier is not None:
+            config.eval.verifier.check(task)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rlft.algorithms.base import Algorithm
-from rlft.build import Material
 from rlft.config import Config
 from rlft.footprint import Shape
+from rlft.material import Material
 from rlft.packing import Rows, Ways, cut, stretches
 
 LOOKED_AT = 256  # tasks whose prompts are measured

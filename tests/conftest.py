@@ -95,3 +95,23 @@ def watched() -> Watching:
 def make_groups() -> MakeGroups:
     """make_groups(count, size, seed, longest, sampled) -> random groups."""
     return _make_groups
+
+
+@pytest.fixture
+def gsm8k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A data set laid out as openai/gsm8k on the hub, with rows of its form, in the folder that the test runs in."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.chdir(tmp_path)
+    folder, parts = Path("openai/gsm8k"), ""
+    for name in ("main", "socratic"):
+        (folder / name).mkdir(parents=True)
+        rows = {
+            "question": [f"{name}: Ann has {n} apples and buys 5 more. How many has she?" for n in range(1, 9)],
+            "answer": [f"She has {n} + 5 = <<{n}+5={n + 5}>>{n + 5} apples.\n#### {n + 5}" for n in range(1, 9)],
+        }
+        pq.write_table(pa.table(rows), folder / name / "train.parquet")
+        parts += f"- config_name: {name}\n  data_files: [{{split: train, path: {name}/train.parquet}}]\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    return str(folder)

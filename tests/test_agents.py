@@ -29,7 +29,7 @@ from rlft.algorithms.base import Algorithm
 from rlft.algorithms.catalog import AlgorithmConfig
 from rlft.algorithms.gae import gae
 from rlft.batch import Batch
-from rlft.build import assemble, material
+from rlft.build import assemble
 from rlft.chat import Chat
 from rlft.checkpoint import of_agent
 from rlft.engine.base import Engine, Weights
@@ -38,6 +38,7 @@ from rlft.engine.vllm import VllmEngine
 from rlft.engine.worker import in_worker
 from rlft.envs.base import Action
 from rlft.learner import Learner, Schedule
+from rlft.material import material
 from rlft.plan import describe
 from rlft.player import Cast, Player
 from rlft.policy import Policy

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlft.chat import Chat
-from rlft.data import check_lengths, prompt_lengths, read, recorded, tasks
+from rlft.data import check_lengths, prompt_lengths, recorded, tasks
 from rlft.generated import sums
+from rlft.rows import read
 from rlft.types import InputError
+from rlft.wording import worded
 
 ROWS = [{"question": f"What is {i}?", "answer": str(i)} for i in range(8)]
 ASKED = {"prompt": "question"}
@@ -73,7 +76,46 @@ def test_a_column_that_is_not_there() -> None:
     with pytest.raises(InputError, match=r"data\.columns\.prompt: train has no column 'text'; it has answer, question"):
         tasks(ROWS, {"prompt": "text"}, "train")
     with pytest.raises(InputError, match=r"data\.columns\.prompt: train has no column 'prompt'; say which"):
-        tasks(ROWS, {}, "train")
+        tasks([{"text": "1+1?", "answer": "2"}], {}, "train")
+
+
+def test_a_question_or_a_problem_is_the_prompt_where_no_column_is_named_so(chat: Chat) -> None:
+    """As in GSM8K and MATH; a column that has another role is left to it, and one of that name goes before it."""
+    for row, columns, asked in (
+        ({"question": "1+1?", "problem": "other"}, {}, "1+1?"),
+        ({"problem": "1+1?", "answer": "2"}, {"gold": "answer"}, "1+1?"),
+        ({"problem": "1+1?", "question": "whose?"}, {"topic": "question"}, "1+1?"),
+        ({"prompt": "1+1?", "question": "whose?"}, {}, "1+1?"),
+        ({"messages": [{"role": "user", "content": "1+1?"}], "question": "whose?"}, {}, "1+1?"),
+    ):
+        assert tasks([row], columns, "train")[0].messages[-1]["content"] == asked
+    group = recorded([{"question": "1+1?", "chosen": "2", "rejected": "3"}], {}, "train", chat)
+    assert group[0][0].task.messages[0]["content"] == "1+1?"
+
+
+def test_a_folder_is_a_data_set_and_its_main_configuration_the_one_that_is_meant(gsm8k: str) -> None:
+    asked = {subset: [row["question"] for row in read(gsm8k, subset)] for subset in (None, "main", "socratic")}
+    assert asked[None] == asked["main"] != asked["socratic"]
+    with pytest.raises(InputError, match="openai/gsm8k"):
+        read(gsm8k, split="test")
+
+
+def test_a_run_has_its_own_words_for_every_prompt() -> None:
+    task = tasks([{"prompt": "1+1?"}], {}, "train")[0]
+    said = worded(task, r"{prompt} Put it into \boxed{}.", "Be brief.")
+    assert said.messages == (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": r"1+1? Put it into \boxed{}."},
+    )
+    assert worded(task) == task
+    turns = [("system", "You add."), ("user", "1+1?"), ("assistant", "2"), ("user", "2+2?")]
+    task = tasks([{"messages": [{"role": role, "content": text} for role, text in turns]}], {}, "train")[0]
+    said = worded(task, "So: {prompt} {x}", "Be brief.")
+    assert [m["content"] for m in said.messages] == ["Be brief.\nYou add.", "1+1?", "2", "So: 2+2? {x}"]
+    for content in (({"type": "text", "text": "1+1?"},), None):
+        odd = replace(task, messages=({"role": "user" if content else "system", "content": content},))
+        with pytest.raises(InputError, match=r"data\.prompt: task train:1 has no user message that is text"):
+            worded(odd, "So: {prompt}")
 
 
 def test_messages_that_are_answered_already_leave_nothing_to_ask() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from rlft.build import assemble, material
+from rlft.build import assemble
 from rlft.directions import directed, drawn, rating
+from rlft.material import material
 from rlft.rewards.catalog import RewardConfig
 from rlft.settings import validate
 from rlft.types import InputError, Sample, Task, Trajectory

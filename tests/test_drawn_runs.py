@@ -15,7 +15,8 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
-from rlft.build import assemble, material
+from rlft.build import assemble
+from rlft.material import material
 from rlft.session import begin, resume
 from rlft.settings import load, validate
 from rlft.source import Rollouts

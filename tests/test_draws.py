@@ -20,7 +20,7 @@ from rlft.algorithms import credit, select, weigh
 from rlft.algorithms.base import Algorithm
 from rlft.algorithms.losses import policy as losses
 from rlft.batch import Batch
-from rlft.build import material, sync_kind
+from rlft.build import sync_kind
 from rlft.chat import Chat
 from rlft.draws import _fitting, hinted, placeholders
 from rlft.engine.base import Engine
@@ -29,6 +29,7 @@ from rlft.engine.vllm import VllmEngine
 from rlft.envs.base import Action
 from rlft.envs.single_turn import SingleTurn
 from rlft.learner import Learner, Schedule
+from rlft.material import material
 from rlft.player import Player
 from rlft.policy import Policy
 from rlft.rollout import rollout

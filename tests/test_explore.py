@@ -142,6 +142,7 @@ def test_a_run_pays_it_and_evaluation_does_not(player: Player) -> None:
     assert exploring.get() is None
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_cancelled_or_fails_leaves_nothing_running(player: Player) -> None:
     calls = 0
 

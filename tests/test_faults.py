@@ -416,6 +416,7 @@ def test_an_engine_that_is_lost_again_and_again_ends_the_run(make: Make, strike:
     assert left_behind() == before
 
 
+@pytest.mark.slow
 def test_a_long_generation_is_no_hang(tiny_model: Path) -> None:
     """Many times the patience in one go, in which the worker's event loop never has its turn."""
     settings = {"model": tiny_model, "dtype": torch.float32, "device": torch.device("cpu"), "max_sequences": 120}

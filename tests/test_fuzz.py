@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from rlft.chat import Chat
 from rlft.config import Config
-from rlft.data import read, recorded, tasks
+from rlft.data import recorded, tasks
+from rlft.rows import read
 from rlft.settings import load, validate
 from rlft.types import InputError
 
@@ -200,7 +201,7 @@ def test_an_adapter_with_a_mistake_is_refused_and_the_key_named(key: str, value:
 
 def validate_whole(plain: dict[str, Any]) -> None:
     """As far as a run goes before it loads weights."""
-    from rlft.build import material
+    from rlft.material import material
 
     material(validate(plain))
 

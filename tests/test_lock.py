@@ -41,7 +41,7 @@ with sole_writer(Path(sys.argv[1]), print):
 """
 CHILDREN = {
     "none": "",
-    "forked": "(os.fork() or time.sleep(600))",
+    "forked": "r, w = os.pipe(); os.fork() or (os.write(w, b'.'), time.sleep(600)); os.read(r, 1)",
     "spawned": "import multiprocessing as m; m.get_context('spawn').Process(target=time.sleep, args=(600,)).start()",
     "executed": "import subprocess; subprocess.Popen(['sleep', '600'])",
 }

@@ -14,7 +14,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlft.afford import changed, cheapest
-from rlft.build import material
 from rlft.config import Config
 from rlft.fits import judged
 from rlft.footprint import Asked, Live, Rehearsal, Shape, adapted
@@ -23,6 +22,7 @@ from rlft.forward import passed
 from rlft.heap import Heap
 from rlft.kernels import score
 from rlft.learner import Schedule
+from rlft.material import material
 from rlft.memory import Footprint, Process, Room, Term
 from rlft.packing import Layout
 from rlft.schedule import make_optimizer

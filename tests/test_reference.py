@@ -16,9 +16,9 @@ from torch import Tensor
 from rlft.algorithms.base import Algorithm
 from rlft.algorithms.catalog import AlgorithmConfig
 from rlft.batch import Batch
-from rlft.build import material
 from rlft.checkpoint import Checkpoints, restore
 from rlft.learner import Learner, Schedule
+from rlft.material import material
 from rlft.policy import Policy
 from rlft.reference import Reference
 from rlft.settings import validate

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from rlft.algorithms import credit, filtering, select, weigh
 from rlft.algorithms.base import Algorithm, Owned
 from rlft.algorithms.losses import policy
-from rlft.build import assemble, material
+from rlft.build import assemble
+from rlft.material import material
 from rlft.session import begin, resume
 from rlft.settings import load
 from rlft.terminal import Terminal

@@ -16,9 +16,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import rlft.environment as environment
-from rlft.build import make_policy, material
+from rlft.build import make_policy
 from rlft.doctor import examine
 from rlft.explain import explain
+from rlft.material import material
 from rlft.replay import Bench, replay
 from rlft.session import begin, of_run, resume
 from rlft.settings import load

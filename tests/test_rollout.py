@@ -205,8 +205,8 @@ def test_a_rewritten_history_begins_a_new_sample(engine: LocalEngine, chat: Chat
 @pytest.mark.parametrize("where", ["reset", "step"])
 def test_an_environment_is_closed_whatever_happens(where: str, engine: LocalEngine, chat: Chat) -> None:
     env = Quiz(TASK, fails_at=where)
-    with pytest.raises(OSError, match="world"):
-        _play(engine, chat, env, 0)
+    (failure,) = _play(engine, chat, env, 0).failures
+    assert failure.said.startswith("OSError: ")
     assert env.closed == 1
 
 

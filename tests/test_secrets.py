@@ -205,11 +205,11 @@ def test_pickled_weights_are_not_read(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def test_no_module_reads_a_pickle_or_runs_a_models_code_unasked() -> None:
-    """But a worker's pipe, whose other end is this process's own child."""
+    """But the pipes between a run and the processes of its own environments, both of whose ends are its own."""
     found = {}
     for folder in ("rlft", "algorithms", "rewards", "envs"):
         for path in sorted((ROOT / folder).glob("**/*.py")):
             words = re.findall(r"torch\.load|pickle\.loads?\b|np\.load|joblib|trust_remote_code=True", path.read_text())
             if words:
                 found[path.name] = words
-    assert found == {}
+    assert found == {"child.py": ["pickle.load"] * 2, "process.py": ["pickle.loads"]}

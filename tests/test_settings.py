@@ -219,6 +219,14 @@ def test_what_a_teacher_says_needs_no_reward(kind: str) -> None:
     assert validate(with_({"algorithm": {"type": kind}, "teacher.path": "x", "reward": None})).online
 
 
+def test_what_a_tool_searches_is_found_beside_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "people.jsonl").write_text('{"text": "Nils lives in Delhi."}\n')
+    monkeypatch.chdir(tmp_path.parent)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(with_({"env": {"type": "tools", "corpus": {"file": "people.jsonl"}}})))
+    assert load(path).model_dump()["env"]["corpus"]["file"] == str(tmp_path / "people.jsonl")
+
+
 def test_a_teacher_and_a_reward_beside_the_config_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any depth of the reward; a module:function and a user's own options are left alone."""
     for name in ("judge", "base", "teacher", "mine:build"):

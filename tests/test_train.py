@@ -23,12 +23,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from rlft.batch import Batch
-from rlft.build import material
 from rlft.chat import Chat
 from rlft.checkpoint import load_trained
-from rlft.data import read, recorded
+from rlft.data import recorded
 from rlft.learner import Learner, Schedule
+from rlft.material import material
 from rlft.policy import Policy
+from rlft.rows import read
 from rlft.session import begin, of_run, resume
 from rlft.settings import load, validate
 from rlft.terminal import Terminal

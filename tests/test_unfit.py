@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rlft.build import material
 from rlft.config import Config
+from rlft.material import material
 from rlft.session import begin
 from rlft.settings import validate
 from rlft.terminal import Terminal

@@ -23,11 +23,11 @@ from rlft.algorithms.catalog.online_preference import NashMd, Xpo
 from rlft.algorithms.catalog.preference import Cpo, Dpo, Orpo, Simpo, StepDpo
 from rlft.algorithms.catalog.remax import Remax
 from rlft.algorithms.catalog.reward_model import ProcessReward, RewardModel
-from rlft.algorithms.catalog.turns import Rise
+from rlft.algorithms.catalog.turns import Gigpo, Rise
 from rlft.algorithms.catalog.unpaired import Bco, Kto
 
 PolicyGradient = pg.Reinforce | pg.Rloo | pg.Gpg | pg.Opo | pg.MaxRl | pg.ReinforcePp | pg.LooPpo | pg.PassK
-Group = group.Grpo | group.Bnpo | group.DrGrpo | group.Dapo | group.Cispo | group.Sapo
+Group = group.Grpo | group.Bnpo | group.DrGrpo | group.Dapo | group.Cispo | group.Sapo | Gigpo
 Sequence = sequence.Gspo | sequence.Luspo | sequence.Gmpo
 Imitation = Sft | Ift | Dft | Rejection | Raft | ReinforcedSelfTraining | RewardWeighted | Dpa | Rise
 Distillation = OnPolicyDistillation | Gkd | Gflownet

@@ -13,6 +13,7 @@ from rlft.algorithms.base import Algorithm, Loss, Prepare, Select, unchanged
 from rlft.algorithms.catalog.base import Knobs
 from rlft.algorithms.losses import divergence, policy
 from rlft.algorithms.losses import preference as losses
+from rlft.types import Draw
 
 SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired")
 DIVERGING = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
@@ -169,10 +170,17 @@ class StepDpo(Paired):
     type: Literal["step_dpo"] = "step_dpo"
     pairs: Literal["latest_fork"] = Field(default="latest_fork", description="of each group")  # type: ignore[assignment]
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="the share of labels taken to be wrong")
+    branches: int = Field(
+        default=0, ge=0, description="further episodes of a task, which branch off from its own where least expected"
+    )
+    branch_at: Literal["turn", "token"] = Field(
+        default="turn", description="they branch off at the beginning of a turn, or at any token"
+    )
 
     def build(self) -> Algorithm:
         shape = losses.Shape(self.beta, self.label_smoothing)
         return Algorithm(
+            draws=(Draw(count=self.branches, branch=self.branch_at),) if self.branches else (),
             select=pairing.forks(self.min_margin),
             credit=credit.uniform,
             weigh=weigh.by_sequence,

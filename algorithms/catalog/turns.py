@@ -1,4 +1,4 @@
-"""Entries that learn from turn to turn."""
+"""Entries that give credit from turn to turn."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlft.algorithms import select, turns
+from rlft.algorithms import select, turns, weigh
 from rlft.algorithms.base import Algorithm
 from rlft.algorithms.catalog.base import Knobs, Where
+from rlft.algorithms.catalog.shared import SCALES, Clipped, compose
 from rlft.algorithms.losses import policy as losses
 
 
@@ -46,4 +47,43 @@ class Rise(Knobs):
             loss=losses.likelihood,
             formula="- mean over turns, mean over tokens of A log p, "
             f"A = exp(the turn's reward / {self.temperature:g}){over}",
+        )
+
+
+class Gigpo(Clipped):
+    """Groups in groups: turns are compared as well, beside the episodes (Feng et al. 2025, arXiv:2505.10978)."""
+
+    type: Literal["gigpo"] = "gigpo"
+    share: float = Field(default=1.0, ge=0, description="of the turns' advantages, beside the episode's")
+    gamma: float = Field(default=0.95, ge=0, le=1, description="discount of what later turns earn, per turn")
+    alike: turns.Alike = Field(
+        default="state",
+        description="which turns of a group are compared: those after the same observation, or those of one number",
+    )
+    outcome: turns.Outcome = Field(
+        default="last", description="what is scored beyond the payments is earned by the last turn, or by all alike"
+    )
+    scale: Literal["group", "none"] = Field(default="group", description="divide both advantages by their std, or not")
+
+    def build(self) -> Algorithm:
+        credit = partial(
+            turns.turn_relative,
+            credit=SCALES[self.scale],
+            share=self.share,
+            gamma=self.gamma,
+            alike=self.alike,
+            outcome=self.outcome,
+            scale=self.scale == "group",
+        )
+        low, high = 1 - self.clip_low, 1 + self.clip_high
+        over = " / std" if self.scale == "group" else ""
+        alike = "after the same observation" if self.alike == "state" else "of the same number"
+        return compose(
+            self,
+            advantages=credit,
+            weigh=weigh.by_sequence,
+            surrogate=partial(losses.clipped, **self.range),
+            formula=f"- mean over rows, mean over tokens of min(r A, clip(r, {low:g}, {high:g}) A), A = (score - group "
+            f"mean){over} + {self.share:g} (G - mean of the turns {alike}){over}, G = what is earned from the turn on, "
+            f"discounted by {self.gamma:g} a turn",
         )

@@ -57,7 +57,8 @@ def imbalance(logprobs: Float[Tensor, "b t"], batch: Batch, beta: float, referen
 def group_partition(beta: float, reference: bool) -> Prepare:
     """baseline = the group's mean of - imbalance before the step: its estimate of log Z. Needs now_logprobs.
 
-    Raises InputError where a trajectory has several rows: its probability is that of all together.
+    Raises InputError where a trajectory has several rows, since its probability is that of all together, and where a
+    group's prompts differ, since log Z is that of one prompt.
     """
 
     def prepare(step: Batch) -> Batch:
@@ -68,6 +69,7 @@ def group_partition(beta: float, reference: bool) -> Prepare:
         for group in step.group.unique():
             own = (step.group == group) & rows
             if own.any():
+                _one_prompt(step.rows(own.nonzero().flatten()))
                 log_z[own] = estimates[own].mean()
         return step.with_(baseline=log_z.to(step.scores.dtype))
 
@@ -85,4 +87,15 @@ def _single(step: Batch) -> None:
         raise InputError(
             "algorithm: balance is a matter of whole trajectories, and here some have several samples: use an "
             "environment that does not rewrite the history"
+        )
+
+
+def _one_prompt(group: Batch) -> None:
+    """Raises InputError where the rows do not begin alike up to the first chosen token."""
+    first = group.mask.int().argmax(1).tolist()
+    prompts = {tuple(group.tokens[i, :n][group.valid[i, :n]].tolist()) for i, n in enumerate(first)}
+    if len(prompts) > 1:
+        raise InputError(
+            f"algorithm: log Z is that of one prompt, and the members of a group were shown {len(prompts)}: use an "
+            "environment that opens alike for all of them"
         )

@@ -42,6 +42,10 @@ class Endpoint(Server):
     price_in: float = Field(default=0.0, ge=0, description="Of a million prompt tokens, in any currency.")
     price_out: float = Field(default=0.0, ge=0, description="Of a million tokens of replies.")
 
+    def longest(self, likeliest: bool = False) -> int:
+        """Tokens of a reply at most, as it is asked; 0 where nothing is said of it. likeliest: log-probs are read."""
+        return self.max_tokens if self.max_tokens is not None else 1 if likeliest else LENGTH
+
     @field_validator("extra")
     @classmethod
     def _no_own(cls, extra: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +111,7 @@ class Asked:
         `Line.post` raises.
         """
         endpoint = self.endpoint
-        length = endpoint.max_tokens if endpoint.max_tokens is not None else 1 if likeliest else LENGTH
+        length = endpoint.longest(likeliest > 0)
         body: dict[str, Any] = {"model": endpoint.model, "messages": list(messages)}
         body |= {"temperature": endpoint.temperature} if endpoint.temperature is not None else {}
         body |= {"max_tokens": length} if length else {}

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from rlft.rewards.base import answer
 from rlft.rewards.judges import briefs, compare, replies
 from rlft.rewards.judges.endpoint import Asked, Reply, Tally
-from rlft.types import Group, InputError, RunError
+from rlft.types import Group, InputError, RunError, Task
 
 T = TypeVar("T")
 LIKELIEST = 20  # the most that OpenAI gives, and vLLM unless told otherwise
@@ -67,13 +67,17 @@ class Case:
 
     async def ask(self, read: Callable[[Reply], T], likeliest: int = 0, count: int = 1, **judged: Any) -> T:
         """The verdict on what is judged, by the names of the template's placeholders."""
-        knobs, task = self.knobs, self.group[0].task
-        plain = {"question": briefs.question(task), "rubric": knobs.rubric, "count": count}
-        plain |= {"low": f"{knobs.low:g}", "high": f"{knobs.high:g}"}
-        plain |= {"reference": answer(task, knobs.key)} if knobs.key else {}
-        text = briefs.fill(knobs.brief, plain, judged)
-        system = [{"role": "system", "content": knobs.system}] if knobs.system else []
-        return await self.asked.ask([*system, {"role": "user", "content": text}], read, self.tally, likeliest)
+        messages = told(self.knobs, self.group[0].task, count, judged)
+        return await self.asked.ask(messages, read, self.tally, likeliest)
+
+
+def told(knobs: Knobs, task: Task, count: int, judged: Mapping[str, str | Sequence[str]]) -> list[dict[str, str]]:
+    """The messages of a request. count: answers in a ranking. judged: what stands in the template's places for it."""
+    plain = {"question": briefs.question(task), "rubric": knobs.rubric, "count": count}
+    plain |= {"low": f"{knobs.low:g}", "high": f"{knobs.high:g}"}
+    plain |= {"reference": answer(task, knobs.key)} if knobs.key else {}
+    system = [{"role": "system", "content": knobs.system}] if knobs.system else []
+    return [*system, {"role": "user", "content": briefs.fill(knobs.brief, plain, judged)}]
 
 
 async def pointwise(case: Case) -> Verdicts:
@@ -134,6 +138,19 @@ MODES: dict[str, Callable[[Case], Awaitable[Verdicts]]] = {
     "listwise": listwise,
     "yes_probability": yes_probability,
 }
+REQUESTS: dict[str, Callable[[Knobs, int], int]] = {  # to one judge about a group of so many answers, at most
+    "pointwise": lambda knobs, count: count,
+    "pairwise": lambda knobs, count: 2 * len(compare.pairs(count, knobs.opponents, random.Random(0))),
+    "listwise": lambda knobs, count: knobs.rounds if count > 1 else 0,
+    "yes_probability": lambda knobs, count: count,
+}
+
+
+def sample(mode: str, count: int, text: str) -> dict[str, str | Sequence[str]]:
+    """What is judged in a request about a group of so many answers, each of which is this text."""
+    if mode == "pairwise":
+        return {"first": text, "second": text}
+    return {"answers": (text,) * count} if mode == "listwise" else {"answer": text}
 
 
 async def _all(requests: Any) -> list[Any]:

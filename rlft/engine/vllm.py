@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlft.engine.base import Delta, Full, Weights, digest, probe
 from rlft.engine.quiet import hushed, quiet
+from rlft.engine.scan import scan_plain_objects
 from rlft.engine.without import without_effect
 from rlft.types import Completion, InputError, RunError, Sampling
 
@@ -333,6 +334,7 @@ def _start(settings: dict[str, Any], cpu: bool) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    scan_plain_objects()
     return LLMEngine.from_engine_args(EngineArgs(**settings))
 
 

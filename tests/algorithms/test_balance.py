@@ -204,6 +204,7 @@ def test_a_table_comes_to_sample_in_proportion(partition: Any, reference: bool) 
         assert float(log_z.detach()) == pytest.approx(total, abs=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knobs", [{}, {"reference": False}, {"partition": "learned", "log_z": 8.0}])
 def test_the_learner_balances(tiny_model: Path, knobs: dict[str, Any]) -> None:
     """Of three recorded answers, each becomes as likely to the others as their scores say, [times the reference]."""

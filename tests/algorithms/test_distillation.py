@@ -18,8 +18,9 @@ from rlft.algorithms import catalog
 from rlft.algorithms.base import Algorithm, Outputs, merge
 from rlft.algorithms.losses import distillation
 from rlft.batch import Batch
-from rlft.build import assemble, material
+from rlft.build import assemble
 from rlft.learner import Learner, Schedule
+from rlft.material import material
 from rlft.policy import Policy
 from rlft.settings import validate
 from rlft.trainer import Run, train

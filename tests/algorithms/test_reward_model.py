@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlft.algorithms.catalog import AlgorithmConfig
 from rlft.batch import Batch
-from rlft.build import material
+from rlft.material import material
 from rlft.settings import validate
 from rlft.types import InputError
 

@@ -226,3 +226,104 @@ def test_an_empty_batch(double: Double) -> None:
 def test_wrong_knobs_are_refused(knobs: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         build(**knobs)
+
+
+# --- turns compared with each other -----------------------------------------------------------------------------------
+
+
+def compared(groups: list[Group], knobs: dict[str, Any]) -> Tensor:
+    """Advantages by loops over the trajectories: the episode's own, and each turn's beside the turns it is like."""
+    batch = Batch.of(groups)
+    advantages = torch.zeros(batch.tokens.shape, dtype=torch.float64)
+    scaled = knobs.get("scale", "group") == "group"
+
+    def beside(values: list[float]) -> list[float]:
+        mean = math.fsum(values) / len(values)
+        if max(values) - min(values) < 1e-9:
+            return [0.0] * len(values)
+        std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) + 1e-4 if scaled else 1.0
+        return [(v - mean) / std for v in values]
+
+    for group, members in zip(groups, listed(groups), strict=True):
+        whole = beside([float(t.total or 0.0) for t in group])
+        found: dict[Any, list[tuple[float, Turn]]] = {}
+        for trajectory, own, base in zip(group, members, whole, strict=True):
+            score = trajectory.score or 0.0
+            earned = [paid - (score if k == len(own) - 1 else 0.0) for k, (_, _, paid) in enumerate(own)]
+            spread = knobs.get("outcome") == "spread"
+            earned = [e + (score / len(own) if spread else score * (k == len(own) - 1)) for k, e in enumerate(earned)]
+            for k, turn in enumerate(own):
+                row, columns, _ = turn
+                later = math.fsum(knobs.get("gamma", 0.95) ** j * e for j, e in enumerate(earned[k:]))
+                before = columns[0]
+                while before and not batch.mask[row, before - 1]:
+                    before -= 1
+                key = k if knobs.get("alike") == "turn" else tuple(batch.tokens[row, before : columns[0]].tolist())
+                found.setdefault(key, []).append((later, turn))
+                advantages[row, columns] += base
+        for turns_alike in found.values():
+            values = beside([later for later, _ in turns_alike])
+            for value, (_, (row, columns, _)) in zip(values, turns_alike, strict=True):
+                advantages[row, columns] += knobs.get("share", 1.0) * value
+    return advantages
+
+
+def meeting(seed: int) -> list[Group]:
+    """Episodes whose observations are of two kinds, so that many turns follow the same one."""
+    groups = episodes(seed, (4, 3))
+    draw = random.Random(seed)
+    for group in groups:
+        for trajectory in group:
+            for sample in trajectory.samples:
+                kind = draw.randint(7, 8)
+                for j, chosen in enumerate(sample.mask):
+                    if not chosen:
+                        kind = draw.randint(7, 8) if j and sample.mask[j - 1] else kind
+                        sample.tokens[j] = kind
+    return groups
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"alike": "turn"},
+        {"gamma": 0.0, "scale": "none"},
+        {"outcome": "spread", "share": 0.5, "alike": "turn"},
+        {"gamma": 1.0, "outcome": "spread"},
+    ],
+    ids=str,
+)
+def test_gigpo_in_loops(double: Double, seed: int, knobs: dict[str, Any]) -> None:
+    groups = meeting(seed)
+    batch = double(Batch.of(groups))
+    found = READ.validate_python({"type": "gigpo", **knobs}).build().credit(batch).advantages
+    torch.testing.assert_close(found, compared(groups, knobs), rtol=1e-6, atol=1e-6)
+
+
+def test_gigpo_by_hand(double: Double) -> None:
+    """Two episodes of two turns. Both begin alike; then they see different things, and nobody is there to compare."""
+
+    def episode(seen: int, paid: float, score: float) -> Trajectory:
+        mask, tokens = [False, True, False, True], [5, 9, seen, 9]
+        sample = Sample(tokens, mask, [NAN, -1.0, NAN, -1.0], [0.0, paid, 0.0, 0.0], 0)
+        return Trajectory(Task("t", ()), (), [sample], score=score)
+
+    batch = double(Batch.of([(episode(6, 0.0, 1.0), episode(7, 0.5, 0.0))]))
+    knobs = {"type": "gigpo", "scale": "none", "gamma": 0.5}
+    found = READ.validate_python(knobs).build().credit(batch).advantages
+    # Totals 1 and 0.5: +-0.25. First turns return 0.5 * 1 = 0.5 and 0.5: equal. Second turns follow 6 and 7.
+    assert found[:, 1].tolist() == found[:, 3].tolist() == [0.25, -0.25]
+    found = READ.validate_python(knobs | {"alike": "turn"}).build().credit(batch).advantages
+    assert found[:, 1].tolist() == [0.25, -0.25], "the first turns return the same"
+    assert found[:, 3].tolist() == [0.75, -0.75], "the second ones 1 and 0"
+
+
+def test_gigpo_without_turns_is_grpo(double: Double, make_groups: Any) -> None:
+    """One turn an episode: with no share of the turns, and twice the advantage with all of it."""
+    batch = double(Batch.of(make_groups(3, 4)))
+    grpo = READ.validate_python({"type": "grpo"}).build().credit(batch).advantages
+    for share, times in ((0.0, 1), (1.0, 2)):
+        found = READ.validate_python({"type": "gigpo", "share": share}).build().credit(batch).advantages
+        torch.testing.assert_close(found, times * grpo, rtol=1e-9, atol=1e-9)

@@ -16,7 +16,8 @@ from rlft.chat import Chat
 from rlft.engine.local import LocalEngine
 from rlft.envs.base import Action
 from rlft.envs.retry import RetryConfig
-from rlft.player import Opening, Player, opened
+from rlft.episode import opened
+from rlft.player import Opening, Player
 from rlft.settings import validate
 from rlft.source import Recorded, Refilled
 from rlft.types import InputError, Message, Sampling, Task
@@ -147,7 +148,7 @@ def test_a_check_that_is_not_there_is_refused() -> None:
 
 def test_the_context_has_room_for_every_turn(play: Play, chat: Chat) -> None:
     """What a run reserves is enough for the longest episode."""
-    from rlft.build import SLACK
+    from rlft.material import SLACK
 
     knobs = RetryConfig(turns=3)
     asked, answer = len(chat.prompt(TASK.messages)), 7

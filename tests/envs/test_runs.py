@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from rlft.build import material
 from rlft.envs.catalog import entries, names
+from rlft.material import material
 from rlft.plan import catalog, describe
 from rlft.session import begin
 from rlft.settings import load, validate
@@ -139,7 +139,13 @@ def test_one_that_cannot_be_made_is_refused_before_a_model_is_loaded(
 
 
 def test_the_catalog_is_what_is_listed() -> None:
-    assert list(catalog("envs")) == names() == ["single_turn", "retry", "pioneer_observer", "custom"]
+    plain = ["agent", "single_turn", "retry", "pioneer_observer", "custom", "remote", "tools", "python"]
+    own = ["guess", "bulls", "walk", "numberline", "blackjack", "nim", "traces", "rules", "apps", "code"]
+    assert (
+        list(catalog("envs"))
+        == names()
+        == [*plain, *own, "gymnasium", "textworld", "textarena", "openenv", "verifiers"]
+    )
     for kind in entries().values():
         assert kind.__doc__
         assert all(field.description for name, field in kind.model_fields.items() if name != "type")

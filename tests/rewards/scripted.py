@@ -41,7 +41,10 @@ class Asked:
 
 
 class Scripted:
-    """asked: the requests so far. most: how many were under way at once at most. wait: seconds for each."""
+    """asked: the requests so far. most: how many were under way at once at most. wait: seconds for each.
+
+    close: shuts the server down, as the end of the block does that it was made for.
+    """
 
     def __init__(self, script: Callable[[Asked], str | Answer], wait: float) -> None:
         self.script, self.wait = script, wait
@@ -49,6 +52,7 @@ class Scripted:
         self.most = self._now = 0
         self._lock = threading.Lock()
         self.port = 0
+        self.close: Callable[[], None] = lambda: None
 
     @property
     def url(self) -> str:
@@ -124,9 +128,14 @@ def serving(script: Callable[[Asked], str | Answer], wait: float = 0.0) -> Itera
     scripted.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
-    try:
-        yield scripted
-    finally:
+
+    def close() -> None:
         server.shutdown()
         server.server_close()
         thread.join()
+
+    scripted.close = close
+    try:
+        yield scripted
+    finally:
+        close()

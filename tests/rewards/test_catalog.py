@@ -31,8 +31,12 @@ def returning(values):
 
 
 def test_names_are_the_types():
-    single = ["exact", "number", "math", "format", "length", "model", "served_model", "judge", "remote"]
-    assert names() == [*single, "weighted", "directed", "per_turn", "progress", "custom"]
+    shape = ["format", "length", "overlong", "cosine", "relative_length", "thinking", "tags", "repetition", "script"]
+    texts = ["instructions", "json_schema", "language", "text_length", "bleu", "chrf", "rouge", "fuzzy"]
+    single = ["exact", "number", "math", "choice", "matching", "code", "program", "syntax", *shape, *texts]
+    asked = ["model", "served_model", "judge", "remote", "outcome", "reasoning_gym"]
+    combining = ["weighted", "gated", "sequence", "first", "routed", "scheduled", "normalised"]
+    assert names() == [*single, *asked, *combining, "directed", "per_turn", "progress", "custom"]
     assert types()["number"].__name__ == "Number"
 
 

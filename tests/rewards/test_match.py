@@ -101,6 +101,8 @@ def test_which_number_counts(play, judge, which, text, value):
         (0.1, "0.1"),
         (1e-7, "0.0000001"),
         (10**40 + 1, "1" + "0" * 39 + "1"),
+        ("48+24 = <<48+24=72>>72 clips.\n#### 72", "72"),  # as GSM8K writes it
+        ("#### 1,080\n", "1080"),
     ],
 )
 def test_the_right_number_may_be_written_in_many_ways(play, judge, gold, text):

@@ -23,6 +23,13 @@ def test_format(play, judge, options, text, value):
     assert judge({"type": "format", **options}, play(text)) == [value]
 
 
+def test_a_pattern_that_would_take_for_ever_is_a_failure_and_takes_nothing_from_others(play, judge):
+    """As many ways to cut the letters as the 81st Fibonacci number, 4·10^16, and none of them matches."""
+    group = [play("a" * 80 + "b"), play("aa")]
+    assert judge({"type": "format", "pattern": "(a|aa)+", "seconds": 0.2}, *group) == [None, 1.0]
+    assert [[failure.kind for failure in one.failures] for one in group] == [["timeout"], []]
+
+
 def test_an_invalid_pattern_is_refused_with_its_place(play, judge):
     with pytest.raises(ValidationError, match=r"not a valid regular expression: missing \), unterminated") as caught:
         judge({"type": "format", "pattern": "(12"}, play("12"))

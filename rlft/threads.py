@@ -49,7 +49,7 @@ class Threads:
 
 def _started() -> queue.SimpleQueue[Job | None]:
     jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-    threading.Thread(target=_work, args=(jobs,), daemon=True, name="rlft-reward").start()
+    threading.Thread(target=_work, args=(jobs,), daemon=True, name="rlft-call").start()
     return jobs
 
 

@@ -1,0 +1,1 @@
+"""Worlds of our own: small, made of a seed, without any library."""

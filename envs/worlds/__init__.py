@@ -1,0 +1,1 @@
+"""Worlds of other libraries, each with the library's own observations, rewards and rules."""
