@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import inspect
 import math
+import os
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,7 @@ from rlft.threads import Threads
 from rlft.types import Message, Task, Turn
 
 THREADS = 64  # of an environment that has no knob for them
+PREPARATION = 600.0  # seconds that one may take
 
 
 class Placed(EnvKnobs):
@@ -35,6 +37,28 @@ class Placed(EnvKnobs):
         default=32, ge=1, description="with place: process, episodes that are played at once; others wait"
     )
 
+    def prepare(self, task: Task) -> None:
+        """Slow work before an episode opens, such as compiling its game. Nothing, where a class does not say otherwise.
+
+        It is done in this process, wherever the episode is played, by at most one thread for two cores; the wait for it
+        counts towards no limit of a call. What it raises fails the episode.
+        """
+
+
+class Preparing:
+    """Prepares episodes, a few at a time."""
+
+    def __init__(self, knobs: EnvKnobs) -> None:
+        self._work: Callable[[Task], None] | None = None
+        if isinstance(knobs, Placed) and type(knobs).prepare is not Placed.prepare:
+            self._work = knobs.prepare
+        self._threads = Threads(max(1, (os.cpu_count() or 1) // 2))
+
+    async def __call__(self, task: Task) -> None:
+        """Once this task's is done."""
+        if self._work is not None:
+            await self._threads.run(self._work, task, PREPARATION)
+
 
 def placed(knobs: EnvKnobs, tokenizer: Any = None, template: str = "") -> Callable[[Task], Env]:
     """What makes the environments of a config, each where it is to run. Raises InputError.
@@ -49,7 +73,8 @@ def placed(knobs: EnvKnobs, tokenizer: Any = None, template: str = "") -> Callab
     make = knobs.build_for(tokenizer, template)
     if _is_async(make):
         return make
-    return partial(Threaded, make, Threads(knobs.threads if isinstance(knobs, Placed) else THREADS))
+    threads = Threads(knobs.threads if isinstance(knobs, Placed) else THREADS)
+    return partial(Threaded, make, threads, prepare=Preparing(knobs))
 
 
 def _is_async(make: Any) -> bool:
@@ -63,10 +88,13 @@ def _is_async(make: Any) -> bool:
 class Threaded:
     """An environment whose plain methods are called in threads; async ones stay on the event loop."""
 
-    def __init__(self, make: Callable[[Task], Any], threads: Threads, task: Task) -> None:
+    def __init__(
+        self, make: Callable[[Task], Any], threads: Threads, task: Task, prepare: Preparing | None = None
+    ) -> None:
         self._make = make
         self._threads = threads
         self._task = task
+        self._prepare = prepare
         self._env: Any = None
         self._closed = False
         self._lock = threading.Lock()
@@ -76,6 +104,12 @@ class Threaded:
         """How long each call may take once it has a thread: the wait for one counts towards no limit."""
         self._seconds = seconds
 
+    async def ready(self) -> None:
+        """Prepare its task, once."""
+        prepare, self._prepare = self._prepare, None
+        if prepare is not None:
+            await prepare(self._task)
+
     @property
     def tools(self) -> tuple[Any, ...]:
         """Those of the environment."""
@@ -83,6 +117,7 @@ class Threaded:
 
     async def reset(self) -> tuple[Message, ...]:
         """Make it, and ask for the messages that open the episode."""
+        await self.ready()
         await self._threads.run(self._open, self._task, self._limit)
         return await self._ask("reset")
 

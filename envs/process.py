@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 from rlft.envs import wire
 from rlft.envs.base import Action, EnvKnobs
+from rlft.envs.placed import Preparing
 from rlft.threads import Threads
 from rlft.types import Message, Task, Turn
 
@@ -47,8 +48,9 @@ class Apart:
         self._child: Child | None = None
 
     async def ready(self) -> None:
-        """Wait for a process; as many episodes as there may be are being played."""
+        """Prepare its task, and wait for a process; as many episodes as there may be are being played."""
         if self._child is None:
+            await self._pool.prepare(self._task)
             self._child = await self._pool.take()
 
     async def reset(self) -> tuple[Message, ...]:
@@ -92,6 +94,7 @@ class Pool:
 
     def __init__(self, knobs: EnvKnobs, count: int) -> None:
         self.threads = Threads(count)
+        self.prepare = Preparing(knobs)
         self._knobs = knobs
         self._count = count
         self._idle: list[Child] = []

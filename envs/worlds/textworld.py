@@ -16,6 +16,7 @@ import re
 import tempfile
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ LONGEST = 200  # characters of a command
 READY = re.compile(r"\.(z[1-8]|ulx|tw-pddl)\Z")
 PROMPT = re.compile(r"\n*>\s*(?:-=.*)?\Z")  # and the status line behind it
 TABLES = threading.Lock()  # those of the library's maker and parser are the whole process's
-COMPILING = threading.Semaphore(max(1, (os.cpu_count() or 1) // 2))
+MAKING: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)  # so that no game is made twice at once
 
 
 class TextWorld:
@@ -115,6 +116,10 @@ class TextWorldConfig(LibraryKnobs, Placed):
     )
     commands: bool = Field(default=False, description="say after each answer which commands do something now")
 
+    def prepare(self, task: Task) -> None:
+        """Make and compile the task's game: seconds, of which a step or an evaluation takes many."""
+        game_of(self, task)
+
     def build(self) -> Callable[[Task], Any]:
         library("textworld", "textworld")
         for game in self.games:
@@ -173,14 +178,19 @@ def game_file(knobs: TextWorldConfig, seed: int) -> Path:
     key = hashlib.sha256(json.dumps([version, shape]).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("RLFT_CACHE") or Path.home() / ".cache" / "rlft") / "textworld"
     file = folder / f"{key}.z8"
-    if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as made:
-            compiled = Path(_compiled(shape, str(Path(made) / f"{key}.z8")))
-            # The game comes last: whoever sees it finds its description too.
-            for suffix in (".json", ".z8"):
-                os.replace(compiled.with_suffix(suffix), file.with_suffix(suffix))
+    with MAKING[file]:
+        if not file.is_file():
+            _make(shape, file)
     return file
+
+
+def _make(shape: dict[str, int], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as made:
+        compiled = Path(_compiled(shape, str(Path(made) / file.name)))
+        # The game comes last: whoever sees it finds its description too.
+        for suffix in (".json", ".z8"):
+            os.replace(compiled.with_suffix(suffix), file.with_suffix(suffix))
 
 
 def _compiled(shape: dict[str, int], path: str) -> str:
@@ -192,5 +202,4 @@ def _compiled(shape: dict[str, int], path: str) -> str:
     options.path = path
     with TABLES:
         game = textworld.generator.make_game(options)
-    with COMPILING:
-        return textworld.generator.compile_game(game, options)
+    return textworld.generator.compile_game(game, options)

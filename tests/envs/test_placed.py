@@ -19,11 +19,14 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
+from rlft.asking import answered, ready
 from rlft.envs.base import Action, EnvKnobs
 from rlft.envs.catalog import EnvConfig
+from rlft.envs.custom import CustomConfig
 from rlft.envs.placed import placed
 from rlft.envs.process import Died
 from rlft.envs.retry import Retry
+from rlft.episode import WorldFailed
 from rlft.types import InputError, Message, Task, Turn
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +114,44 @@ def test_as_many_calls_as_there_are_threads_are_under_way_at_once() -> None:
     assert beats >= 5
     few, _ = asyncio.run(seconds(2))
     assert few >= 0.8
+
+
+class Compiled(CustomConfig):
+    """Each episode needs 0.1 s of work beforehand."""
+
+    def prepare(self, task: Task) -> None:
+        if task.info.get("does") == "raise":
+            raise OSError("no compiler")
+        PREPARED.append(f"begun {threading.get_ident()}")
+        time.sleep(0.1)
+        PREPARED.append(f"done {threading.get_ident()}")
+
+
+PREPARED: list[str] = []
+
+
+@pytest.mark.parametrize("place", ["here", "process"])
+def test_the_wait_for_a_preparation_counts_towards_no_limit(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 episodes whose preparations take 1.2 s in a row, with 0.5 s for each call; and one whose preparation fails."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    PREPARED.clear()
+    make = placed(Compiled(path=f"{WORLDS}:Plain", place=place, processes=2))
+
+    async def one(**info: Any) -> None:
+        env = make(Task("t", ASK, info))
+        limit = await ready(env, 0.5 if place == "here" else 120.0)  # a process takes longer to start
+        assert await answered(env.reset(), limit) == ASK
+        await answered(env.close(), limit)
+
+    async def all_of_them() -> list[BaseException | None]:
+        return await asyncio.gather(*(one() for _ in range(12)), one(does="raise"), return_exceptions=True)
+
+    *fine, failed = asyncio.run(all_of_them())
+    assert [repr(one.__cause__) for one in fine if one] == []
+    assert isinstance(failed, WorldFailed)
+    assert str(failed.__cause__) == "no compiler"
+    assert len(PREPARED) == 24, "each once"
+    assert [word.split()[0] for word in PREPARED] == ["begun", "done"] * 12, "no more at once than half the cores"
 
 
 def test_what_is_made_after_nobody_waits_any_more_is_closed(tmp_path: Path) -> None:
