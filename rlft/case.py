@@ -26,11 +26,13 @@ class Trial:
     """One hypothesis and the gaps that remain under it, nats, one per token.
 
     rounding: what may remain where the hypothesis is right, but the engine's kernels round otherwise in its dtype.
+    known: the engine says so itself, and only the size of the gaps has to fit.
     """
 
     what: str
     gap: Float[Tensor, " n"]
     rounding: Bounds | None = None
+    known: bool = False
 
 
 @dataclass(frozen=True)

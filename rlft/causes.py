@@ -110,7 +110,8 @@ async def dtype(case: Case) -> list[Trial]:
             with computed_in(case.learner, other):
                 gap = case.said - case.score()
             what = f"the engine computes in {name}, the learner in {str(policy.dtype).removeprefix('torch.')}"
-            found.append(Trial(what, gap, max((BOUNDS[other], BOUNDS[policy.dtype]), key=lambda b: b.mean)))
+            rounding = max((BOUNDS[other], BOUNDS[policy.dtype]), key=lambda b: b.mean)
+            found.append(Trial(what, gap, rounding, known=getattr(case.engine, "dtype", None) == other))
     return found
 
 
@@ -316,4 +317,6 @@ def explains(trial: Trial, before: Figures, bounds: Bounds) -> bool:
     if after.mean * FACTOR <= before.mean or not after.over(bounds):
         return True
     other = trial.rounding
-    return other is not None and not Figures.of(trial.gap, other).over(other) and after.mean <= SHARED * before.mean
+    if other is None or Figures.of(trial.gap, other).over(other):
+        return False
+    return trial.known or after.mean <= SHARED * before.mean

@@ -55,6 +55,7 @@ class LocalEngine:
         self._agents: dict[int, Swap] = {}  # agent 0's weights are the model's own
         self._versions: dict[int, int] = {}
         self.version = -1
+        self.dtype = dtype
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
         """See `Engine.generate`."""

@@ -79,6 +79,7 @@ class VllmEngine:
             raise InputError(f"rollout.engine.options: vLLM does not know one of them: {error}") from error
         except Exception as error:  # vLLM raises whatever its parts raise; its message must reach the user
             raise RunError(_why(error, log)) from error
+        self.dtype: torch.dtype = self._llm.model_config.dtype  # an option may have changed it
         self.version = -1
         self._rank = lora_rank
         self._reference = reference

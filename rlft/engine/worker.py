@@ -77,6 +77,7 @@ class WorkerEngine:
         if kind != "ready":
             self._kill()
             raise answer
+        self.dtype = answer
         threading.Thread(target=self._listen, daemon=True).start()
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
@@ -243,7 +244,7 @@ def _serve(pipe: Connection, make: Callable[[], Engine], log: Path | None) -> No
     except Exception as error:  # whatever it is, the driver has to hear it
         pipe.send(("failed", RunError(f"the engine did not start: {type(error).__name__}: {error}")))
         return
-    pipe.send(("ready", None))
+    pipe.send(("ready", getattr(engine, "dtype", None)))
     asyncio.run(_answer(_Pipe(pipe), engine))
 
 
