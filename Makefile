@@ -13,7 +13,7 @@ setup:  ## .venv from the pinned lock; LOCK=cpu|gpu, PYTHON=..., TORCH_INDEX=...
 demo: setup  ## train a small model to add, on whatever this machine has
 	@.venv/bin/rlft train configs/demo.yaml $(ARGS)
 
-test: setup  ## tests with real runs, up to 15 minutes without a GPU; ARGS='-m ""' runs the slow ones too
+test: setup  ## tests with real runs, about 20 minutes on two cores; ARGS='-m ""' runs the slow ones too
 	@.venv/bin/pytest -q -m "not slow" $(ARGS)
 
 peers: setup  ## other engines, for the tests that compare with them

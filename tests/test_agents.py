@@ -599,6 +599,7 @@ def test_the_plan_says_so() -> None:
     assert "agents" not in describe(validate({**PLAIN, "agents": {"count": 1}}))
 
 
+@pytest.mark.slow
 def test_both_learn(tmp_path: Path) -> None:
     """The toy task, 30 steps with an exchange after every five: a mean above 0.95 of both leaves none below 0.9."""
     found = asyncio.run(_learn("cory_two", 0, tmp_path, None, None))
@@ -606,6 +607,7 @@ def test_both_learn(tmp_path: Path) -> None:
     assert found["after"] > 0.95
 
 
+@pytest.mark.slow
 def test_a_run_on_vllm(tmp_path: Path) -> None:
     """Adapters hot-loaded side by side through the whole loop."""
     rollout = {**PLAIN["rollout"], "engine": {"type": "vllm", "cache_gb": 0.05}}

@@ -337,6 +337,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_ahead_lags_by_a_step_and_a_resumed_one_is_the_whole_one(config: Path, tmp_path: Path) -> None:
     def run(name: str, *overrides: str) -> Path:
@@ -381,6 +382,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_waits_for_nothing_and_ends_in_order(config: Path, tmp_path: Path) -> None:
     begun = time.monotonic()
     command = [sys.executable, "-c", INTERRUPTED, "train", str(config), f"out={tmp_path / 'run'}"]

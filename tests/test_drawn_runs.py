@@ -68,6 +68,7 @@ def written(settings: dict[str, Any], tmp_path: Path, name: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HELPED)
 def test_a_resumed_run_is_the_whole_one(settings: dict[str, Any], tmp_path: Path, name: str) -> None:
     """Trap 37, and what was drawn how is in the record."""

@@ -357,6 +357,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "number", "what"),
     [
@@ -392,6 +393,7 @@ def test_a_lost_engine_is_replaced_and_the_run_is_the_undisturbed_one(
     assert left_behind() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_an_engine_that_is_lost_while_another_is_filled_is_replaced_too(make: Make, strike: Any, ahead: int) -> None:
     """The first is killed while it samples, the second while the weights come in."""
@@ -405,6 +407,7 @@ def test_an_engine_that_is_lost_while_another_is_filled_is_replaced_too(make: Ma
     assert left_behind() == before
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_lost_again_and_again_ends_the_run(make: Make, strike: Any) -> None:
     before = left_behind()
     config = make(rollout__engine=LOST, faults__restarts=1)
@@ -433,6 +436,7 @@ def test_a_long_generation_is_no_hang(tiny_model: Path) -> None:
     assert asyncio.run(ask()) > 5
 
 
+@pytest.mark.slow
 def test_an_engine_that_stands_still_in_one_call_is_ended() -> None:
     """The process is alive, and says so; its main thread waits for something that never comes."""
     stuck: Any = Stuck

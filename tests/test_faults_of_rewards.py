@@ -89,6 +89,7 @@ def test_every_kind_of_reward_is_here_or_fails_by_itself() -> None:
     assert {block["type"] for block, _ in HOLDING} | set(PURE) | OUTSIDE == set(types())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("block", "component"), HOLDING, ids=lambda part: part if isinstance(part, str) else "")
 def test_what_is_held_fails_and_what_holds_it_has_no_score(
     block: Row, component: str, tiny_model: Path, tmp_path: Path

@@ -163,6 +163,7 @@ def put(plain: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     block[path[-1]] = value
 
 
+@pytest.mark.slow
 def test_no_key_takes_a_value_that_is_ruled_out() -> None:
     """Every key with each of the values that it must not have."""
     for path, schema, given_types in PLACES:

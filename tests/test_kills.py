@@ -196,6 +196,7 @@ def _orphans(*places: Path) -> list[Path]:
     return found
 
 
+@pytest.mark.slow
 def test_local_runs_survive(server: Server, tmp_path: Path, tiny_model: Path) -> None:
     """Forked, so that a life takes a second."""
     tally = Tally()

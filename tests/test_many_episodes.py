@@ -320,7 +320,7 @@ def test_nothing_is_left_of_10000_episodes(place: str, local: LocalEngine, chat:
 def vllm(others: frozenset[int], tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     log = tmp_path_factory.mktemp("log") / "engine.log"
     with pytest.MonkeyPatch.context() as patch:
-        # Kernels are kept for every shape of a batch that was seen, up to 1024: for thousands of episodes it would grow.
+        # It keeps kernels for every shape of a batch, up to 1024, and so would grow for thousands of episodes.
         patch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
         engine = in_worker(
             VllmEngine, model=tiny_model, dtype=torch.float32, context=400, max_sequences=64, cache_gb=0.01, log=log

@@ -90,6 +90,7 @@ def test_the_optimizer_is_counted_as_it_is(name: str, adapter: str) -> None:
     assert state + 0.5 * scratch - steps <= live.peak <= state + 1.1 * scratch + steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("adapter", ["lora", "none"])
@@ -188,6 +189,7 @@ def a_run(model: Path, folder: Path, **changes: Any) -> Config:
     return validate(given | changes)
 
 
+@pytest.mark.slow
 def test_the_cheapest_change_makes_it_fit_and_nothing_cheaper_does(wide_model: Path, tmp_path: Path) -> None:
     config = a_run(wide_model, tmp_path)
     forecast = Forecast(material(config))
@@ -205,6 +207,7 @@ def test_the_cheapest_change_makes_it_fit_and_nothing_cheaper_does(wide_model: P
     assert cheapest(config, forecast.footprint, Room(1)) is None
 
 
+@pytest.mark.slow
 def test_a_run_is_refused_warned_of_or_let_alone(wide_model: Path, tmp_path: Path) -> None:
     config = a_run(wide_model, tmp_path)
     strict, peak = {"memory.check": "refuse"}, judged(material(config)).footprint.peak / 1e9

@@ -247,6 +247,7 @@ def test_what_does_not_fit_the_context_is_refused(asking: Callable[..., Any], tm
     assert not (tmp_path / "episodes.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_program_serves_a_runs_policy_whose_record_is_trained_on(trained: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rlft.cli", "serve-policy", str(trained), "model.device=cpu", "--port", "0"]
     program = subprocess.Popen(

@@ -413,6 +413,7 @@ HEALTHY: dict[str, tuple[str, dict[str, Any] | None, str, str]] = {
 UPDATES = 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", HEALTHY)
 def test_healthy_syncs_never_alarm(case: str, setting: Setting) -> None:
     """Twenty random updates, small and large; the base stays what it was to the bit (trap 20)."""

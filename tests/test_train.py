@@ -171,6 +171,7 @@ def finished(make: Make) -> Path:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "algorithm", [{"type": "grpo"}, {"type": "rloo"}, {"type": "rejection", "k": 2, "at_least": 0.3}]
 )

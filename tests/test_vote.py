@@ -348,6 +348,7 @@ def run(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_trained_verifier_finds_the_right_answers(run: dict[str, Any], tmp_path: Path) -> None:
     """The page's two runs: a verifier from samples that the reward has judged, and what it chooses among new ones."""

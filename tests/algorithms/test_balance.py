@@ -168,6 +168,7 @@ def everyone() -> Batch:
     return Batch.of([tuple(Trajectory(Task("t", ()), (), [s], score=x) for s, x in zip(rows, SCORES, strict=True))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("partition", ["group", "learned"])
 @pytest.mark.parametrize("reference", [True, False])
 def test_a_table_comes_to_sample_in_proportion(partition: Any, reference: bool) -> None:

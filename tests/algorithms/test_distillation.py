@@ -288,6 +288,7 @@ def test_gkd_on_both_asks_for_recorded_answers() -> None:
     assert (samples.source, samples.demonstrations, samples.build().draws) == ("any", False, ())
 
 
+@pytest.mark.slow
 def test_on_policy_distillation_learns_its_teacher(tiny_model: Path) -> None:
     policy, teacher = Policy(tiny_model, LORA, device="cpu"), teacher_of(tiny_model)
     learner = Learner(policy, Schedule(lr=1e-2, steps=60, micro_tokens=4096), dropout=False, teacher=teacher)

@@ -327,6 +327,7 @@ def test_weights_are_refused_while_requests_are_open(rig: Rig) -> None:
     assert "while 1 requests were open" in asyncio.run(play())
 
 
+@pytest.mark.slow
 def test_the_engine_keeps_the_terminal_clean(model: Path) -> None:
     """Start, sampling and end of vLLM in this process: not a line on either stream."""
     code = f"""

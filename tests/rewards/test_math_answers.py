@@ -73,6 +73,7 @@ def test_math_verifys_own_cases_agree_but_for_the_one_that_is_wrong():
     assert [(case["gold"], case["said"]) for case in disagree] == [WRONG]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "gold", "said", "usual", "then"),
     [
