@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from rlft.envs.placed import placed
+from rlft.envs.worlds import textworld as worlds
 from rlft.envs.worlds.base import seed_of
 from rlft.envs.worlds.textworld import PROMPT, Refusal, TextWorldConfig, command, game_file, game_of
 from rlft.types import InputError, Task
@@ -69,6 +71,18 @@ def test_the_game_is_the_one_the_library_makes_of_the_seed(file: Path, games: Pa
     assert game_file(knobs_of(**SMALL), SEED) == file
     assert file.stat().st_mtime_ns == before
     assert sorted(path.suffix for path in games.iterdir()) == [".json", ".z8"]
+
+
+def test_a_game_that_several_episodes_wait_for_is_made_once(games: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    compiled = worlds._compiled
+    monkeypatch.setattr(worlds, "_compiled", lambda shape, path: made.append(path) or compiled(shape, path))
+    knobs, task = TextWorldConfig(objects=2, turns=1), Task("t", ASKED, {"seed": 7})
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(knobs.prepare, [task] * 4))
+    assert len(made) == 1
+    assert game_file(knobs, 7).is_file()
+    assert len(made) == 1
 
 
 def test_the_same_commands_give_the_same_texts_and_scores(file: Path) -> None:
