@@ -44,6 +44,7 @@ def draw(runs: Sequence[Path], to: Path) -> Path:
     left.set(xlabel="step", title="mean reward in training")
     right.set(xlabel="step", title="held-out accuracy, 95% intervals", ylim=(0, 1))
     for panel in (left, right):
+        panel.xaxis.get_major_locator().set_params(integer=True)  # there is no half step
         panel.grid(alpha=0.3)
         panel.legend()
     to.parent.mkdir(parents=True, exist_ok=True)
