@@ -45,7 +45,7 @@ async def _serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     try:
         module, name, plain = pickle.load(requests)
         knobs: Any = getattr(importlib.import_module(module), name)(**plain | {"place": "here"})
-        play = _Play(placed(knobs))
+        play = _Play(placed(knobs, prepare=False))  # the run has done so
     except Exception as error:
         play = _Broken(error)
     while True:

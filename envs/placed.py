@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 from pydantic import Field
 
@@ -41,40 +42,47 @@ class Placed(EnvKnobs):
         """Slow work before an episode opens, such as compiling its game. Nothing, where a class does not say otherwise.
 
         It is done in this process, wherever the episode is played, by at most one thread for two cores; the wait for it
-        counts towards no limit of a call. What it raises fails the episode.
+        counts towards no limit of a call. What it raises fails the episode; nothing kills it, so it must end.
         """
+
+    @property
+    def prepares(self) -> bool:
+        """There is such work."""
+        return type(self).prepare is not Placed.prepare
 
 
 class Preparing:
-    """Prepares episodes, a few at a time."""
+    """Prepares episodes, a few at a time. Those of one task wait for the first of them, and take no thread for it."""
 
-    def __init__(self, knobs: EnvKnobs) -> None:
-        self._work: Callable[[Task], None] | None = None
-        if isinstance(knobs, Placed) and type(knobs).prepare is not Placed.prepare:
-            self._work = knobs.prepare
+    def __init__(self, knobs: Placed) -> None:
+        self._work = knobs.prepare
         self._threads = Threads(max(1, (os.cpu_count() or 1) // 2))
+        # By loop and task; each goes with the last that waits for it.
+        self._locks: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()
 
     async def __call__(self, task: Task) -> None:
         """Once this task's is done."""
-        if self._work is not None:
+        lock = self._locks.setdefault((id(asyncio.get_running_loop()), task.id), asyncio.Lock())
+        async with lock:
             await self._threads.run(self._work, task, PREPARATION)
 
 
-def placed(knobs: EnvKnobs, tokenizer: Any = None, template: str = "") -> Callable[[Task], Env]:
+def placed(knobs: EnvKnobs, tokenizer: Any = None, template: str = "", prepare: bool = True) -> Callable[[Task], Env]:
     """What makes the environments of a config, each where it is to run. Raises InputError.
 
     A class with async methods is used as it is. Everything else is called in threads, its making included. tokenizer,
-    template: of the model that plays, for environments that read its tool calls.
+    template: of the model that plays, for environments that read its tool calls. prepare: tasks are prepared here.
     """
     if isinstance(knobs, Placed) and knobs.place == "process":
         from rlft.envs.process import Apart, Pool
 
         return partial(Apart, Pool(knobs, knobs.processes))
     make = knobs.build_for(tokenizer, template)
-    if _is_async(make):
+    preparing = Preparing(knobs) if prepare and isinstance(knobs, Placed) and knobs.prepares else None
+    if _is_async(make) and preparing is None:
         return make
     threads = Threads(knobs.threads if isinstance(knobs, Placed) else THREADS)
-    return partial(Threaded, make, threads, prepare=Preparing(knobs))
+    return partial(Threaded, make, threads, prepare=preparing)
 
 
 def _is_async(make: Any) -> bool:

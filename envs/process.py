@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 
 from rlft.envs import wire
 from rlft.envs.base import Action, EnvKnobs
-from rlft.envs.placed import Preparing
+from rlft.envs.placed import Placed, Preparing
 from rlft.threads import Threads
 from rlft.types import Message, Task, Turn
 
@@ -50,7 +50,8 @@ class Apart:
     async def ready(self) -> None:
         """Prepare its task, and wait for a process; as many episodes as there may be are being played."""
         if self._child is None:
-            await self._pool.prepare(self._task)
+            if self._pool.prepare is not None:
+                await self._pool.prepare(self._task)
             self._child = await self._pool.take()
 
     async def reset(self) -> tuple[Message, ...]:
@@ -94,7 +95,7 @@ class Pool:
 
     def __init__(self, knobs: EnvKnobs, count: int) -> None:
         self.threads = Threads(count)
-        self.prepare = Preparing(knobs)
+        self.prepare = Preparing(knobs) if isinstance(knobs, Placed) and knobs.prepares else None
         self._knobs = knobs
         self._count = count
         self._idle: list[Child] = []

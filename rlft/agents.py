@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from rlft.algorithms.base import Algorithm
@@ -116,6 +117,11 @@ class Seat:
         self._engine = engine
         self._agent = agent
         self.version = -1
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What it computes in, where it says so."""
+        return getattr(self._engine, "dtype", None)
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
         """See `Engine.generate`."""

@@ -21,6 +21,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from rlft.agents import Seat
 from rlft.algorithms.catalog import AlgorithmConfig
 from rlft.batch import Batch
 from rlft.case import Case
@@ -29,7 +30,9 @@ from rlft.chat import Chat
 from rlft.config import Config
 from rlft.engine.base import Full, Weights
 from rlft.engine.local import LocalEngine
+from rlft.engine.restart import Restarting
 from rlft.engine.vllm import VllmEngine
+from rlft.engine.worker import in_worker
 from rlft.learner import Learner, Schedule
 from rlft.parity import Bounds, Figures, Gate, Mismatch, bounds_of, gaps
 from rlft.policy import Policy
@@ -296,6 +299,16 @@ def test_an_engine_of_another_dtype_is_called_by_its_name(kind: str, tiny_model:
     other = engines(kind, tiny_model, torch.bfloat16)
     text = asyncio.run(diagnosed(scene(tiny_model, engines("local", tiny_model)), lambda _: nullcontext(other)))
     assert "Cause: dtype." in text, text
+
+
+def test_the_dtype_of_an_engine_is_known_through_what_stands_before_it(tiny_model: Path, engines: Engines) -> None:
+    inner = engines("local", tiny_model, torch.bfloat16)
+    assert Seat(Restarting(lambda: inner, 1, print), 0).dtype == torch.bfloat16
+    worker = in_worker(LocalEngine, model=tiny_model, dtype=torch.bfloat16, device=torch.device("cpu"))
+    try:
+        assert worker.dtype == torch.bfloat16
+    finally:
+        asyncio.run(worker.close())
 
 
 def test_an_adapter_that_never_arrives(tiny_model: Path, engines: Engines) -> None:

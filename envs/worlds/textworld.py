@@ -16,7 +16,6 @@ import re
 import tempfile
 import threading
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,9 @@ LONGEST = 200  # characters of a command
 READY = re.compile(r"\.(z[1-8]|ulx|tw-pddl)\Z")
 PROMPT = re.compile(r"\n*>\s*(?:-=.*)?\Z")  # and the status line behind it
 TABLES = threading.Lock()  # those of the library's maker and parser are the whole process's
-MAKING: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)  # so that no game is made twice at once
+MAKERS = threading.Lock()  # so that one maker at most stands in the way of games that open
+MAKING: dict[str, threading.Lock] = {}  # by file, so that no game is made twice
+COMPILING = threading.Semaphore(max(1, (os.cpu_count() or 1) // 2))
 
 
 class TextWorld:
@@ -178,9 +179,10 @@ def game_file(knobs: TextWorldConfig, seed: int) -> Path:
     key = hashlib.sha256(json.dumps([version, shape]).encode()).hexdigest()[:24]
     folder = Path(os.environ.get("RLFT_CACHE") or Path.home() / ".cache" / "rlft") / "textworld"
     file = folder / f"{key}.z8"
-    with MAKING[file]:
-        if not file.is_file():
-            _make(shape, file)
+    if not file.is_file():
+        with MAKING.setdefault(str(file), threading.Lock()):
+            if not file.is_file():
+                _make(shape, file)
     return file
 
 
@@ -200,6 +202,7 @@ def _compiled(shape: dict[str, int], path: str) -> str:
     options.nb_rooms, options.nb_objects = shape["rooms"], shape["objects"]
     options.quest_length = shape["quest_length"]
     options.path = path
-    with TABLES:
+    with MAKERS, TABLES:
         game = textworld.generator.make_game(options)
-    return textworld.generator.compile_game(game, options)
+    with COMPILING:
+        return textworld.generator.compile_game(game, options)

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlft.engine.base import Weights
@@ -37,6 +38,11 @@ class Restarting:
         self.restarts = 0
         self.worker = make()
         self.version = self.worker.version
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What it computes in, where it says so."""
+        return getattr(self.worker, "dtype", None)
 
     async def generate(self, prompt: Sequence[int], sampling: Sampling) -> Completion:
         """See `Engine.generate`."""

@@ -122,6 +122,8 @@ class Compiled(CustomConfig):
     def prepare(self, task: Task) -> None:
         if task.info.get("does") == "raise":
             raise OSError("no compiler")
+        if os.environ["PREPARES"] != str(os.getpid()):
+            raise OSError("prepared in a child, within the limit of a call")
         PREPARED.append(f"begun {threading.get_ident()}")
         time.sleep(0.1)
         PREPARED.append(f"done {threading.get_ident()}")
@@ -130,21 +132,24 @@ class Compiled(CustomConfig):
 PREPARED: list[str] = []
 
 
-@pytest.mark.parametrize("place", ["here", "process"])
-def test_the_wait_for_a_preparation_counts_towards_no_limit(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("place", "name"), [("here", "Plain"), ("here", "Async"), ("process", "Plain")])
+def test_the_wait_for_a_preparation_counts_towards_no_limit(
+    place: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """12 episodes whose preparations take 1.2 s in a row, with 0.5 s for each call; and one whose preparation fails."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setenv("PREPARES", str(os.getpid()))
     PREPARED.clear()
-    make = placed(Compiled(path=f"{WORLDS}:Plain", place=place, processes=2))
+    make = placed(Compiled(path=f"{WORLDS}:{name}", place=place, processes=2))
 
-    async def one(**info: Any) -> None:
-        env = make(Task("t", ASK, info))
+    async def one(task: int = 0, **info: Any) -> None:
+        env = make(Task(f"t{task}", ASK, info))
         limit = await ready(env, 0.5 if place == "here" else 120.0)  # a process takes longer to start
         assert await answered(env.reset(), limit) == ASK
         await answered(env.close(), limit)
 
     async def all_of_them() -> list[BaseException | None]:
-        return await asyncio.gather(*(one() for _ in range(12)), one(does="raise"), return_exceptions=True)
+        return await asyncio.gather(*(one(i % 7) for i in range(12)), one(does="raise"), return_exceptions=True)
 
     *fine, failed = asyncio.run(all_of_them())
     assert [repr(one.__cause__) for one in fine if one] == []
@@ -152,6 +157,21 @@ def test_the_wait_for_a_preparation_counts_towards_no_limit(place: Any, monkeypa
     assert str(failed.__cause__) == "no compiler"
     assert len(PREPARED) == 24, "each once"
     assert [word.split()[0] for word in PREPARED] == ["begun", "done"] * 12, "no more at once than half the cores"
+
+
+def test_those_that_wait_for_another_of_their_task_take_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tasks of four episodes each, two threads: both are prepared at once, whatever the order."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setenv("PREPARES", str(os.getpid()))
+    PREPARED.clear()
+    make = placed(Compiled(path=f"{WORLDS}:Plain"))
+
+    async def opened() -> None:
+        await asyncio.gather(*(make(Task(name, ASK)).reset() for name in ("a", "a", "a", "a", "b", "b", "b", "b")))
+
+    asyncio.run(opened())
+    assert [word.split()[0] for word in PREPARED[:2]] == ["begun", "begun"]
+    assert len(PREPARED) == 16
 
 
 def test_what_is_made_after_nobody_waits_any_more_is_closed(tmp_path: Path) -> None:
