@@ -109,6 +109,13 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
 
 
+def with_place(template: str, name: str) -> str:
+    """A `message` that has a place {name}. Raises ValueError where it has none."""
+    if f"{{{name}}}" not in template:
+        raise ValueError(f"message: it has no {{{name}}}, so that nothing would be shown; put it where it belongs")
+    return template
+
+
 def asked_again(messages: Sequence[Message], template: str, **values: str) -> Message:
     """The last message with its content put into the template as {prompt}, beside other values."""
     return {**messages[-1], "content": fill(template, {"prompt": str(messages[-1]["content"]), **values})}

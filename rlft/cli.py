@@ -29,6 +29,8 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(help="a YAML file", metavar="CONFIG")]
 RunFolder = Annotated[Path, typer.Argument(help="the folder of a run", metavar="RUN_DIR")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="such as learner.lr=1e-5", metavar="[KEY=VALUE]...")]
+Host = Annotated[str, typer.Option(help="0.0.0.0 for other machines too")]
+KeyEnv = Annotated[str | None, typer.Option(help="environment variable with the key that is asked for")]
 Agent = Annotated[int, typer.Option(help="of a run with several agents: whose policy", min=0)]
 
 
@@ -197,9 +199,9 @@ def audit(
 def serve_reward(
     config: Annotated[Path, typer.Argument(help="a YAML file with a `reward:` block", metavar="CONFIG")],
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines too")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: a free one", min=0, max=65535)] = 8080,
-    key_env: Annotated[str | None, typer.Option(help="environment variable with the key that is asked for")] = None,
+    key_env: KeyEnv = None,
 ) -> None:
     """Judge for runs elsewhere, whose reward is `type: remote`."""
     from rlft.serve_reward import serve
@@ -211,9 +213,9 @@ def serve_reward(
 def serve_env(
     config: Annotated[Path, typer.Argument(help="a YAML file with an `env:` block", metavar="CONFIG")],
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines too")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: a free one", min=0, max=65535)] = 8081,
-    key_env: Annotated[str | None, typer.Option(help="environment variable with the key that is asked for")] = None,
+    key_env: KeyEnv = None,
     idle: Annotated[float, typer.Option(help="seconds after which a silent episode is closed", min=1)] = 600.0,
     sessions: Annotated[int, typer.Option(help="episodes at once", min=1)] = 1024,
 ) -> None:
@@ -227,9 +229,9 @@ def serve_env(
 def serve_policy(
     run: Annotated[Path, typer.Argument(help="a YAML file or the folder of a run", metavar="CONFIG|RUN_DIR")],
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines too")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: a free one", min=0, max=65535)] = 8082,
-    key_env: Annotated[str | None, typer.Option(help="environment variable with the key that is asked for")] = None,
+    key_env: KeyEnv = None,
     record: Annotated[Path | None, typer.Option(help="a folder; episodes are written there, a key is one")] = None,
     idle: Annotated[float, typer.Option(help="seconds after which a silent episode ends", min=1)] = 600.0,
     step: Annotated[int | None, typer.Option(help="of the run's checkpoints; default: the newest")] = None,
@@ -245,7 +247,7 @@ def serve_policy(
 def serve_judge(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="a folder, a hub id, or a name that configs know", metavar="MODEL")],
-    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines too")] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="of the server", min=1, max=65535)] = 8000,
     max_tokens: Annotated[int, typer.Option(help="of prompt and reply together", min=16)] = 4096,
 ) -> None:

@@ -14,6 +14,8 @@ import rlft  # noqa: F401  (first: it says how torch's threads wait, and torch r
 import pytest
 import torch
 
+from rlft.chat import Chat
+from rlft.engine.local import LocalEngine
 from rlft.tiny import VOCAB, save
 from rlft.types import NAN, Group, Sample, Task, Trajectory
 from tests.killing import Server
@@ -26,6 +28,18 @@ Watching = Callable[[Any], AbstractContextManager[list[dict[str, Any]]]]
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama of 0.1M parameters and a tokenizer with a ChatML template."""
     return save(tmp_path_factory.mktemp("tiny") / "model", tied=False)
+
+
+@pytest.fixture(scope="session")
+def chat(tiny_model: Path) -> Chat:
+    """Its template and tokenizer."""
+    return Chat(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def engine(tiny_model: Path, chat: Chat) -> LocalEngine:
+    """A real engine over it, in this process."""
+    return LocalEngine(tiny_model, torch.float32, torch.device("cpu"), tokenizer=chat.tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -60,16 +60,6 @@ TASKS = [Task(f"t{i}", ({"role": "user", "content": f"Say {i}"},), {"answer": st
 SIZE = 2
 
 
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return Chat(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path, chat: Chat) -> LocalEngine:
-    return LocalEngine(tiny_model, torch.float32, torch.device("cpu"), tokenizer=chat.tokenizer)
-
-
 @dataclass
 class Recording:
     """A real engine, and what went in and came out."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from rlft.chat import Chat
 from rlft.engine.local import LocalEngine
@@ -30,16 +29,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TASK = Task("task-1", ({"role": "user", "content": "What is 12 + 34?"},))
 FREE = Limits()
 MORE: Message = {"role": "user", "content": "And one more?"}
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return Chat(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path, chat: Chat) -> LocalEngine:
-    return LocalEngine(tiny_model, torch.float32, torch.device("cpu"), tokenizer=chat.tokenizer)
 
 
 @dataclass

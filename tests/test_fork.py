@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pydantic import TypeAdapter
 
 from rlft.algorithms import catalog
@@ -25,16 +23,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TASK = Task("task-1", ({"role": "user", "content": "What is 12 + 34?"},))
 MADE = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return Chat(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path, chat: Chat) -> LocalEngine:
-    return LocalEngine(tiny_model, torch.float32, torch.device("cpu"), tokenizer=chat.tokenizer)
 
 
 @dataclass

@@ -42,16 +42,6 @@ def alone(one_thread: None) -> None:
     """The model is tiny."""
 
 
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return Chat(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def local(tiny_model: Path, chat: Chat) -> LocalEngine:
-    return LocalEngine(tiny_model, torch.float32, torch.device("cpu"), tokenizer=chat.tokenizer)
-
-
 @dataclass
 class Watched:
     """An engine and its requests: how many, and at most at once. during: begun while some world took its time."""
@@ -176,18 +166,18 @@ def fine(trajectory: Trajectory, worlds: Worlds) -> bool:
     )
 
 
-def test_256_episodes_are_played_at_once(local: LocalEngine, chat: Chat) -> None:
+def test_256_episodes_are_played_at_once(engine: LocalEngine, chat: Chat) -> None:
     """All wait at the same time where they have to, and the engine speaks to some while others wait."""
     worlds = Worlds()
-    engine = Watched(local, worlds)
+    watched = Watched(engine, worlds)
     some = tasks(256)
-    done = asyncio.run(played(player(engine, chat, rewriting(Slow, worlds)), some))
+    done = asyncio.run(played(player(watched, chat, rewriting(Slow, worlds)), some))
     assert all(fine(trajectory, worlds) for trajectory in done)
-    assert engine.count == 256 * TURNS
-    assert engine.most == 256, "all opened at once"
+    assert watched.count == 256 * TURNS
+    assert watched.most == 256, "all opened at once"
     assert worlds.most > 128, "most worlds took their time at once"
-    assert engine.during >= 256, "and those that were done before did not wait for them"
-    assert worlds.busy == engine.open == 0
+    assert watched.during >= 256, "and those that were done before did not wait for them"
+    assert worlds.busy == watched.open == 0
 
 
 BROKEN = {"t17": "raise", "t180": "hang"}  # 1% of 200
@@ -203,14 +193,14 @@ def only_those_failed(done: list[Trajectory], worlds: Worlds, kinds: dict[str, s
             assert worlds.closed[trajectory.task.id] == 1, "closed all the same"
 
 
-def test_worlds_that_fail_cost_their_own_episodes(local: LocalEngine, chat: Chat) -> None:
+def test_worlds_that_fail_cost_their_own_episodes(engine: LocalEngine, chat: Chat) -> None:
     worlds = Worlds(longest=0.2)
-    one = player(local, chat, rewriting(Slow, worlds), call=5.0)
+    one = player(engine, chat, rewriting(Slow, worlds), call=5.0)
     done = asyncio.run(played(one, tasks(200, **BROKEN)))
     only_those_failed(done, worlds, {"t17": "raised", "t180": "timeout"})
 
 
-def test_worlds_that_fail_in_threads_cost_their_own_episodes(local: LocalEngine, chat: Chat) -> None:
+def test_worlds_that_fail_in_threads_cost_their_own_episodes(engine: LocalEngine, chat: Chat) -> None:
     """Four threads; the one that hangs is left behind, and its place is free again."""
     worlds, threads = Worlds(longest=0.01), Threads(4)
 
@@ -218,7 +208,7 @@ def test_worlds_that_fail_in_threads_cost_their_own_episodes(local: LocalEngine,
         def step(self, action: Action) -> Turn:
             return replace(super().step(action), rewrite=True)
 
-    one = player(local, chat, partial(Threaded, partial(Plain, worlds=worlds), threads), call=5.0)
+    one = player(engine, chat, partial(Threaded, partial(Plain, worlds=worlds), threads), call=5.0)
     try:
         done = asyncio.run(played(one, tasks(200, **BROKEN)))
         assert worlds.most <= 4
@@ -228,11 +218,11 @@ def test_worlds_that_fail_in_threads_cost_their_own_episodes(local: LocalEngine,
 
 
 @pytest.mark.slow
-def test_worlds_that_crash_in_processes_cost_their_own_episodes(local: LocalEngine, chat: Chat) -> None:
+def test_worlds_that_crash_in_processes_cost_their_own_episodes(engine: LocalEngine, chat: Chat) -> None:
     """Two segmentation faults and an endless loop in C in 300 episodes, 4 processes."""
     does = {"t40": "crash", "t133": "hang in C", "t250": "crash"}
     knobs = CustomConfig(path="tests.envs.worlds:Plain", place="process", processes=4)
-    one = replace(player(local, chat, placed(knobs)), limits=Limits(turns=2, call=12.0))
+    one = replace(player(engine, chat, placed(knobs)), limits=Limits(turns=2, call=12.0))
     done = asyncio.run(played(one, tasks(300, **does)))
     failed = {t.task.id: (t.failures[0].kind, t.failures[0].said) for t in done if t.failures}
     died = ("raised", "Died: the process of the environment ended with SIGSEGV")
@@ -309,11 +299,11 @@ def nothing_left(one: Player, others: frozenset[int], count: int, size: int, mib
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["here", "process"])
-def test_nothing_is_left_of_10000_episodes(place: str, local: LocalEngine, chat: Chat, others: frozenset[int]) -> None:
+def test_nothing_is_left_of_10000_episodes(place: str, engine: LocalEngine, chat: Chat, others: frozenset[int]) -> None:
     """Threads and processes are used again. With a kilobyte kept of each, 10 MiB would be there."""
     knobs = CustomConfig(path="tests.envs.worlds:Once", place=place, threads=16, processes=4)  # type: ignore[arg-type]
     make = placed(knobs) if place == "process" else partial(Threaded, Once, Threads(16))
-    nothing_left(player(local, chat, make, tokens=1), others, 10_000, 250, 8)
+    nothing_left(player(engine, chat, make, tokens=1), others, 10_000, 250, 8)
 
 
 @pytest.fixture(scope="module")

@@ -32,16 +32,6 @@ OPENING: Message = {"role": "user", "content": "What is 12 + 34?"}
 TASK = Task("task-1", (OPENING,))
 
 
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> Chat:
-    return Chat(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path, chat: Chat) -> LocalEngine:
-    return LocalEngine(tiny_model, torch.float32, torch.device("cpu"), tokenizer=chat.tokenizer)
-
-
 @dataclass
 class Recording:
     """A real engine, and what went in and came out."""

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from rlft.envs.base import Action, Env, EnvKnobs, fill
+from rlft.envs.base import Action, Env, EnvKnobs, fill, with_place
 from rlft.envs.tools.base import cut
 from rlft.envs.tools.python import Sandboxed
 from rlft.sandbox.cases import cases, program_in
@@ -96,9 +96,7 @@ class CodeConfig(EnvKnobs, Sandboxed):
     @field_validator("message")
     @classmethod
     def _shows(cls, value: str) -> str:
-        if "{report}" not in value:
-            raise ValueError("message: it has no {report}, so that nothing would be shown; put it where it belongs")
-        return value
+        return with_place(value, "report")
 
     @property
     def several(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from rlft.envs.base import Action, Env, EnvKnobs, fill
+from rlft.envs.base import Action, Env, EnvKnobs, fill, with_place
 from rlft.envs.tools.base import cut
 from rlft.envs.tools.hints import Hint, Hints
 from rlft.envs.tools.python import Pieces, Sandboxed
@@ -70,9 +70,7 @@ class PythonConfig(EnvKnobs, Sandboxed):
     @field_validator("message")
     @classmethod
     def _shows(cls, value: str) -> str:
-        if "{output}" not in value:
-            raise ValueError("message: it has no {output}, so that nothing would be shown; put it where it belongs")
-        return value
+        return with_place(value, "output")
 
     @property
     def several(self) -> bool:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
-import torch
 
 from rlft.chat import Chat
 from rlft.engine.base import Engine
@@ -21,16 +19,6 @@ from rlft.types import Completion, Sampling, Task, Trajectory
 @pytest.fixture(scope="module", autouse=True)
 def alone(one_thread: None) -> None:
     """In every module here."""
-
-
-@pytest.fixture(scope="session")
-def chat(tiny_model: Path) -> Chat:
-    return Chat(tiny_model)
-
-
-@pytest.fixture(scope="session")
-def engine(tiny_model: Path, chat: Chat) -> LocalEngine:
-    return LocalEngine(tiny_model, torch.float32, torch.device("cpu"), tokenizer=chat.tokenizer)
 
 
 @dataclass
